@@ -1,0 +1,37 @@
+"""FALQON: LoRA fine-tuning melded into an FP8 backbone (arXiv:2510.24061)."""
+
+from falqon.errors import InputError
+from falqon.linear import MeldedLinear
+from falqon.meld import MeldReport, meld, meld_linear, melded_layers
+from falqon.precision import FalqonPrecision
+from falqon.proxy import ProxyUpdate, UpdateStatistics
+from falqon.recipe import (
+    PRESETS,
+    RECIPES,
+    Fp8Recipe,
+    MeldRecipe,
+    UpdateRecipe,
+    fp8_recipe,
+    update_recipe,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "RECIPES",
+    "FalqonPrecision",
+    "Fp8Recipe",
+    "InputError",
+    "MeldRecipe",
+    "MeldReport",
+    "MeldedLinear",
+    "ProxyUpdate",
+    "UpdateRecipe",
+    "UpdateStatistics",
+    "fp8_recipe",
+    "meld",
+    "meld_linear",
+    "melded_layers",
+    "update_recipe",
+]

@@ -1,0 +1,79 @@
+"""The `falqon` command: what is done with the files of a run.
+
+Training is `train.py`. A subcommand is one function that adds its parser and sets `run`, listed in
+`_COMMANDS`; what it needs is imported when it runs, so that `falqon --help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from falqon.errors import InputError
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+        argv: Arguments after the command's name; those of the process if None.
+
+    Returns:
+        Exit status: 0 if all went well, 2 for a user's mistake, told in one line on stderr.
+
+    Raises:
+        SystemExit: argparse's own, for `--help` (0) and arguments that do not parse (2).
+    """
+    parser = argparse.ArgumentParser(
+        prog="falqon", description="Inspect and use what FALQON training wrote."
+    )
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add_command in _COMMANDS:
+        add_command(subparsers)
+    arguments = parser.parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except InputError as error:
+        sys.stderr.write(f"falqon: error: {error}\n")
+        return 2
+    except BrokenPipeError:  # `falqon inspect ... | head`: the reader had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+def _add_inspect(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "inspect",
+        help="show what a checkpoint holds",
+        description="Show what a FALQON checkpoint holds, and the hash of its training state.",
+    )
+    parser.add_argument(
+        "path", help="a .ckpt file, or the directory of a run (its checkpoints/last.ckpt)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_inspect)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from falqon.checkpoint.inspect import format_report, inspect_checkpoint
+
+    report = inspect_checkpoint(arguments.path)
+    text = json.dumps(report, indent=2) if arguments.json else format_report(report)
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+_COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_inspect,)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

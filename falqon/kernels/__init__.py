@@ -1,0 +1,25 @@
+"""The operations of a melded layer, one a file: plain-torch reference and a thin nn.Module each.
+
+Shape legend for all of them: T tokens, `in`/`out` features, r adapter rank, k written rows.
+Knows neither Lightning nor transformers.
+"""
+
+from falqon.kernels.backbone_matmul import BackboneMatmul, backbone_matmul
+from falqon.kernels.melded_matmul import MeldedMatmul, melded_matmul
+from falqon.kernels.proxy_grad import ProxyGrad, proxy_grad
+from falqon.kernels.quantize import PassThrough, Quantize
+from falqon.kernels.row_update import RowUpdate, RowUpdateCounts, row_update
+
+__all__ = [
+    "BackboneMatmul",
+    "MeldedMatmul",
+    "PassThrough",
+    "ProxyGrad",
+    "Quantize",
+    "RowUpdate",
+    "RowUpdateCounts",
+    "backbone_matmul",
+    "melded_matmul",
+    "proxy_grad",
+    "row_update",
+]

@@ -1,0 +1,119 @@
+"""Write rows of the low-rank change B A into the FP8 codes (paper eq. 15)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from falqon.fp8 import E4M3, decode, encode, encode_stochastic, philox
+from falqon.recipe import Rounding
+
+
+class RowUpdateCounts(NamedTuple):
+    """What a row update did; scalar tensors, so that nothing waits for the device.
+
+    Attributes:
+        written: rows whose B was finite and not zero, int64.
+        codes: codes in those rows, int64.
+        flipped: codes that changed, int64.
+        saturated: codes of written rows at the largest magnitude, int64.
+        projection: sum of landed x wanted change over the written rows, float64.
+        wanted: sum of squares of the wanted change, float64.
+    """
+
+    written: Tensor
+    codes: Tensor
+    flipped: Tensor
+    saturated: Tensor
+    projection: Tensor
+    wanted: Tensor
+
+
+def row_update(
+    codes: Tensor,
+    scale: Tensor,
+    rows: Tensor,
+    proxy: Tensor,
+    rounding: Rounding = "nearest",
+    counter: tuple[int, int, int] = (0, 0, 0),
+) -> RowUpdateCounts:
+    """`W[K] = Q(DQ(W[K]) + B[K] A)` in place, with the unchanged scale, saturating.
+
+    Rows of B that are zero leave their codes alone bit for bit (requantising would turn -0 into
+    0), and so do rows that are not finite: a NaN gradient must not reach the weights.
+
+    Args:
+        codes: merged weight, uint8 [out + r, in] (or float32: then the change is added exactly).
+        scale: float32 [1].
+        rows: int64 [k], distinct, in [0, out).
+        proxy: B[K], float32 [k, r].
+        rounding: `nearest` or `stochastic`.
+        counter: seed, step and layer of the stochastic rounding's random bits; the row and column
+            are counted too, so that the bits do not depend on rank, order or selection.
+
+    Returns:
+        Counts over the written rows.
+    """
+    rank = proxy.shape[1]
+    a_codes, old = codes[codes.shape[0] - rank :], codes[rows]
+    live = torch.isfinite(proxy).all(dim=1, keepdim=True) & (proxy != 0).any(dim=1, keepdim=True)
+    proxy = torch.where(live, proxy, torch.zeros_like(proxy))
+    if codes.dtype != torch.uint8:
+        wanted = proxy @ a_codes
+        codes[rows] = old + wanted
+        norm = wanted.double().square().sum()
+        flipped = (codes[rows] != old).sum()
+        written = live.sum()
+        none = torch.zeros_like(flipped)
+        return RowUpdateCounts(written, written * codes.shape[1], flipped, none, norm, norm)
+    # In units of codes, that is multiplied by the scale: the scale cancels in B A.
+    before = decode(old, E4M3)
+    wanted = (proxy * scale) @ (decode(a_codes, E4M3) / scale)
+    target = before + wanted
+    if rounding == "nearest":
+        new = encode(target, E4M3)
+    else:
+        seed, step, layer = counter
+        columns = torch.arange(codes.shape[1], device=codes.device)
+        bits = philox(seed, columns[None, :], rows[:, None], step, layer)
+        new = encode_stochastic(target, E4M3, bits)
+    new = torch.where(live, new, old)
+    codes[rows] = new
+    landed = (decode(new, E4M3) - before) / scale
+    wanted = wanted / scale
+    return RowUpdateCounts(
+        written=live.sum(),
+        codes=live.sum() * codes.shape[1],
+        flipped=(new != old).sum(),
+        saturated=(((new & 0x7F) == E4M3.max_code) & live).sum(),
+        projection=(landed * wanted).sum(dtype=torch.float64),
+        wanted=wanted.square().sum(dtype=torch.float64),
+    )
+
+
+class RowUpdate(nn.Module):
+    """`row_update` as a module.
+
+    Args:
+        rounding: `nearest` or `stochastic`.
+    """
+
+    def __init__(self, rounding: Rounding = "nearest") -> None:
+        super().__init__()
+        self.rounding: Rounding = rounding
+
+    def forward(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        rows: Tensor,
+        proxy: Tensor,
+        counter: tuple[int, int, int] = (0, 0, 0),
+    ) -> RowUpdateCounts:
+        """See `row_update`."""
+        return row_update(codes, scale, rows, proxy, self.rounding, counter)
+
+    def extra_repr(self) -> str:
+        return f"rounding={self.rounding}"

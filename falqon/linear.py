@@ -1,0 +1,185 @@
+"""MeldedLinear: an FP8 linear layer that is backbone and LoRA adapter in one (paper sec. 4).
+
+Shapes: T tokens, `in`/`out` features, r adapter rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from falqon.fp8 import E4M3, E5M2, dequantize
+from falqon.kernels import BackboneMatmul, MeldedMatmul, PassThrough, ProxyGrad, Quantize
+from falqon.recipe import Fp8Recipe
+
+
+class _MeldedFunction(torch.autograd.Function):
+    """Alg. 2 forward, Alg. 3 backward. The input is not saved, only O_A [T, r]."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        proxy: Tensor,
+        bias: Tensor | None,
+        layer: MeldedLinear,
+    ) -> Tensor:
+        x_codes, x_scale = layer.quantize_input(x)
+        out, adapter = layer.melded_matmul(x_codes, x_scale, codes, scale, bias, x.dtype)
+        ctx.save_for_backward(adapter, codes, scale)
+        ctx.layer = layer
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        adapter, codes, scale = ctx.saved_tensors
+        layer: MeldedLinear = ctx.layer
+        grad_input = grad_proxy = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_codes, grad_scale = layer.quantize_gradient(grad)
+            grad_input = layer.backbone_matmul(grad_codes, grad_scale, codes, scale, grad.dtype)
+        if ctx.needs_input_grad[3]:
+            grad_proxy = layer.proxy_grad(grad, adapter)
+        if ctx.needs_input_grad[4]:
+            grad_bias = grad.sum(dim=0, dtype=torch.float32).to(grad.dtype)
+        return grad_input, None, None, grad_proxy, grad_bias, None
+
+
+class MeldedLinear(nn.Module):
+    """A linear layer whose FP8 weight carries a LoRA adapter already (paper eq. 9 to 15).
+
+    `DQ(codes[:out])` is read as the original weight plus an adapter whose B is implied by the
+    quantisation error; `DQ(codes[out:])` is its A, used for gradients. B, the only trainable
+    tensor, is a buffer of changes that `falqon.proxy.ProxyUpdate` writes into the codes; it takes
+    no part in the forward pass.
+
+    Make one from an `nn.Linear` with `falqon.meld.meld_linear`; a new one has zero weights.
+
+    Args:
+        in_features, out_features: as in `nn.Linear`.
+        rank: r.
+        bias: have a bias (frozen).
+        recipe: FP8 recipe.
+        device: of the parameters.
+        dtype: of the bias.
+
+    Attributes:
+        codes: uint8 [out + r, in], frozen (with `emulate: none` float32): E4M3 bytes of the
+            backbone, then of A.
+        scale: float32 [1], frozen: value = code value / scale.
+        B: float32 [out, r], trainable, zero at first.
+        bias: [out] or None, frozen.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = False,
+        recipe: Fp8Recipe | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__()
+        recipe = recipe or Fp8Recipe()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.recipe = recipe
+        exact = recipe.emulate == "none"
+
+        def parameter(shape: tuple[int, ...], kind: torch.dtype, train: bool = False) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape, dtype=kind, device=device), requires_grad=train)
+
+        self.codes = parameter(
+            (out_features + rank, in_features), torch.float32 if exact else torch.uint8
+        )
+        self.scale = parameter((1,), torch.float32)
+        self.scale.data.fill_(1.0)
+        self.B = parameter((out_features, rank), torch.float32, train=True)
+        self.bias = parameter((out_features,), dtype) if bias else None
+
+        delayed = recipe.scaling == "delayed"
+        self.quantize_input: nn.Module = PassThrough()
+        self.quantize_gradient: nn.Module = PassThrough()
+        if not exact:
+            self.quantize_input = Quantize(
+                E4M3, recipe.activations, recipe.scale_rounding, delayed
+            )
+            self.quantize_gradient = Quantize(
+                E5M2, recipe.gradients, recipe.scale_rounding, delayed
+            )
+        exact_scales = (
+            recipe.weight_scale_rounding == recipe.scale_rounding == "power_of_two"
+        )
+        self.melded_matmul = MeldedMatmul(rank, exact_scales)
+        self.backbone_matmul = BackboneMatmul(rank, exact_scales)
+        self.proxy_grad = ProxyGrad()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: [..., in], bfloat16, float16 or float32.
+
+        Returns:
+            [..., out] in the dtype of `x`.
+
+        Raises:
+            ValueError: if the last dimension of `x` is not `in`.
+        """
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"input has {x.shape[-1]} features, the layer takes {self.in_features} "
+                f"(input shape {tuple(x.shape)})"
+            )
+        rows = x.reshape(-1, self.in_features)
+        out = _MeldedFunction.apply(rows, self.codes, self.scale, self.B, self.bias, self)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The backbone as it acts, [out, in]: what is served, B not included."""
+        return self._values(self.codes[: self.out_features], dtype)
+
+    @torch.no_grad()
+    def dequantized_adapter(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A as it acts on inputs, [r, in]."""
+        return self._values(self.codes[self.out_features :], dtype)
+
+    def _values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        if codes.dtype != torch.uint8:
+            return codes.to(dtype)
+        return dequantize(codes, self.scale, E4M3, dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MeldedLinear:
+        # model.to(bfloat16) and the like must not round the scale, B or exact weights.
+        kept = {name: p.data for name, p in self.named_parameters(recurse=False) if name != "bias"}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != before.dtype:
+                parameter.data = before.to(parameter.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        codes = state_dict.get(prefix + "codes")
+        if codes is not None and codes.dtype != self.codes.dtype:
+            # copy_ would convert the numbers, not the bytes, without a word.
+            raise ValueError(
+                f"{prefix}codes is {codes.dtype} in the state dict and {self.codes.dtype} in the "
+                "layer: it belongs to another recipe, or float8 codes need .view(torch.uint8)."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}, codes={str(self.codes.dtype).removeprefix('torch.')}"
+        )

@@ -1,0 +1,293 @@
+"""From nn.Linear to MeldedLinear: SVD initialisation and the walk over a model (paper Alg. 1)."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from falqon.errors import InputError
+from falqon.fp8 import E4M3, compute_scale, dequantize, quantize
+from falqon.linear import MeldedLinear
+from falqon.recipe import Fp8Recipe, MeldRecipe
+
+
+@dataclass(frozen=True)
+class MeldedInfo:
+    """What melding did to one layer.
+
+    Attributes:
+        out_features, in_features: shape of its weight.
+        captured: share of the squared norm of the quantisation error that the rank-r adapter holds.
+    """
+
+    out_features: int
+    in_features: int
+    captured: float
+
+
+@dataclass
+class MeldReport:
+    """What `meld` converted and what it did not.
+
+    Attributes:
+        converted: by full module name.
+        skipped: reason by full module name, for every linear layer that was left alone.
+        bytes_before, bytes_after: of the converted layers' weights; after includes scales and A,
+            not B.
+    """
+
+    converted: dict[str, MeldedInfo] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+    def __str__(self) -> str:
+        if not self.converted:
+            return "melded: nothing"
+        captured = sum(i.captured for i in self.converted.values()) / len(self.converted)
+        lines = [
+            f"melded {len(self.converted)} linear layers to FP8: "
+            f"{self.bytes_before / 2**20:.1f} MiB of weights became "
+            f"{self.bytes_after / 2**20:.1f} MiB; the adapters hold {captured:.1%} of the "
+            "quantisation error"
+        ]
+        lines += [f"left alone: {fqn} ({reason})" for fqn, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def truncated_svd(matrix: Tensor, recipe: MeldRecipe, seed: int) -> tuple[Tensor, Tensor]:
+    """Leading singular values and right singular vectors of a matrix.
+
+    The randomised method (Halko, Martinsson, Tropp, arXiv:0909.4061) sketches the row space with
+    `rank + oversampling` random columns and sharpens it with power iterations. A quantisation error
+    is close to white noise, for which a few iterations capture as much as the full SVD does.
+
+    Args:
+        matrix: float32 [out, in].
+        recipe: method and its settings.
+        seed: of the sketch; the same seed gives the same bits on one kind of device.
+
+    Returns:
+        Singular values [q] and V^T [q, in] with q = min(rank, out, in).
+    """
+    rank = min(recipe.rank, *matrix.shape)
+    sketch = rank + recipe.oversampling
+    if recipe.svd == "full" or sketch >= min(matrix.shape):
+        _, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        return values[:rank], right[:rank]
+    devices = [matrix.device] if matrix.is_cuda else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        _, values, right = torch.svd_lowrank(matrix, q=sketch, niter=recipe.power_iterations)
+    return values[:rank], right.t()[:rank]
+
+
+@torch.no_grad()
+def meld_weight(
+    weight: Tensor, fp8: Fp8Recipe, recipe: MeldRecipe, seed: int = 0
+) -> tuple[Tensor, Tensor, float]:
+    """Merged codes of one weight: `[Q(W); Q(A)]` with a shared scale (paper eq. 6 to 9, Alg. 1).
+
+    `A = sqrt(S) V^T` of the rank-r SVD of the quantisation error W - DQ(Q(W)); rows beyond the
+    error's rank are zero.
+
+    Args:
+        weight: [out, in], floating.
+        fp8: FP8 recipe; with `emulate: none` W and A stay float32 and the scale is 1.
+        recipe: rank and SVD settings.
+        seed: of the randomised SVD.
+
+    Returns:
+        codes uint8 (or float32) [out + r, in]; scale float32 [1]; share of the squared error norm
+        that the adapter holds.
+    """
+    weight = weight.detach().to(torch.float32)
+    rounding = fp8.weight_scale_rounding
+    limit = weight.abs().amax()
+    for attempt in range(2):
+        scale = compute_scale(limit, E4M3, rounding).reshape(1)
+        codes, _ = quantize(weight, E4M3, rounding=rounding, scale=scale)
+        error = weight - dequantize(codes, scale, E4M3)
+        values, right = truncated_svd(error, recipe, seed)
+        adapter = weight.new_zeros(recipe.rank, weight.shape[1])
+        adapter[: len(values)] = values.sqrt()[:, None] * right
+        if attempt == 0 and adapter.abs().amax() > limit:
+            limit = adapter.abs().amax()  # A shares the scale, so it must fit as well
+        else:
+            break
+    norm = error.square().sum()
+    captured = float(values.square().sum() / norm) if norm > 0 else 1.0
+    if fp8.emulate == "none":
+        return torch.cat([weight, adapter]), torch.ones_like(scale), captured
+    adapter_codes, _ = quantize(adapter, E4M3, rounding=rounding, scale=scale)
+    return torch.cat([codes, adapter_codes]), scale, captured
+
+
+@torch.no_grad()
+def meld_linear(
+    linear: nn.Linear,
+    fp8: Fp8Recipe | None = None,
+    recipe: MeldRecipe | None = None,
+    *,
+    name: str = "linear",
+    device: torch.device | str | None = None,
+) -> tuple[MeldedLinear, float]:
+    """Meld one linear layer.
+
+    Args:
+        linear: the layer; not changed.
+        fp8, recipe: settings, the defaults if None.
+        name: full module name, for errors and the seed of the SVD.
+        device: where to compute and to put the result; the layer's own if None.
+
+    Returns:
+        The melded layer and the share of the quantisation error that its adapter holds.
+
+    Raises:
+        InputError: for NaN or infinity in the weight, a weight without data, or a rank larger than
+            in_features.
+    """
+    fp8, recipe = fp8 or Fp8Recipe(), recipe or MeldRecipe()
+    weight = linear.weight
+    if weight.is_meta:
+        raise InputError(f"{name}.weight has no data (meta device); load the weights first.")
+    _check_rank(name, linear, recipe)
+    target = torch.device(device) if device is not None else weight.device
+    weight = weight.detach().to(target)
+    if not torch.isfinite(weight).all():
+        raise InputError(
+            f"{name}.weight holds NaN or infinity; the checkpoint is damaged or was saved from a "
+            "diverged run. Use another checkpoint, or exclude that layer."
+        )
+    seed = zlib.crc32(name.encode()) ^ recipe.seed
+    codes, scale, captured = meld_weight(weight, fp8, recipe, seed)
+    melded = MeldedLinear(
+        linear.in_features,
+        linear.out_features,
+        recipe.rank,
+        bias=linear.bias is not None,
+        recipe=fp8,
+        device=target,
+    )
+    melded.codes.data, melded.scale.data = codes, scale
+    if linear.bias is not None:
+        melded.bias = nn.Parameter(linear.bias.detach().to(target), requires_grad=False)
+    melded.train(linear.training)
+    return melded, captured
+
+
+def melded_layers(module: nn.Module) -> dict[str, MeldedLinear]:
+    """All melded layers of a module by full name, in the order of `named_modules`."""
+    return {n: m for n, m in module.named_modules() if isinstance(m, MeldedLinear)}
+
+
+def meld(
+    model: nn.Module,
+    fp8: Fp8Recipe | None = None,
+    recipe: MeldRecipe | None = None,
+    *,
+    device: torch.device | str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> MeldReport:
+    """Meld the linear layers of a model in place, one at a time.
+
+    Every original weight is dropped as soon as its layer is melded, so what is added to the model's
+    memory is one layer's worth. Layers that are melded already are left as they are. Everything but
+    the proxy buffers B is frozen.
+
+    Args:
+        model: any module, for example a Hugging Face causal LM.
+        fp8, recipe: settings, the defaults if None.
+        device: where to compute and to put melded layers; each layer's own if None.
+        progress: called with the layer's name, its number from 1, and how many there are.
+
+    Returns:
+        What was converted, and what was not and why.
+
+    Raises:
+        InputError: if no layer is left to meld, and as `meld_linear` does.
+    """
+    fp8, recipe = fp8 or Fp8Recipe(), recipe or MeldRecipe()
+    report = MeldReport()
+    targets = []
+    for name, reason in _plan(model, recipe):
+        if reason is None:
+            targets.append(name)
+        else:
+            report.skipped[name] = reason
+    already = melded_layers(model)
+    if not targets and not already:
+        skipped = "; ".join(f"{n}: {r}" for n, r in report.skipped.items()) or "it has no nn.Linear"
+        raise InputError(f"no layer of {type(model).__name__} can be melded ({skipped}).")
+    for name in targets:  # all of them before the first is touched
+        _check_rank(name, _linear(model, name), recipe)
+    for number, name in enumerate(targets, 1):
+        linear = _linear(model, name)
+        melded, captured = meld_linear(linear, fp8, recipe, name=name, device=device)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, melded)
+        report.converted[name] = MeldedInfo(linear.out_features, linear.in_features, captured)
+        report.bytes_before += linear.weight.numel() * linear.weight.element_size()
+        report.bytes_after += melded.codes.numel() * melded.codes.element_size() + 4
+        del linear
+        if progress is not None:
+            progress(name, number, len(targets))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(".B") or name == "B")
+    return report
+
+
+def _plan(model: nn.Module, recipe: MeldRecipe) -> Iterator[tuple[str, str | None]]:
+    """Every linear layer's name with the reason to leave it alone, or None to meld it."""
+    heads = _output_embeddings(model) if "*lm_head" in recipe.exclude else set()
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            others = [n for n in owners[id(module.weight)] if n != f"{name}.weight"]
+            yield name, _reason_to_skip(name, module, others, id(module) in heads, recipe)
+
+
+def _output_embeddings(model: nn.Module) -> set[int]:
+    heads = set()
+    for module in model.modules():
+        getter = getattr(module, "get_output_embeddings", None)
+        head = getter() if callable(getter) else None
+        if head is not None:
+            heads.add(id(head))
+    return heads
+
+
+def _reason_to_skip(
+    name: str, linear: nn.Linear, tied_to: list[str], is_head: bool, recipe: MeldRecipe
+) -> str | None:
+    pattern = next((p for p in recipe.exclude if fnmatchcase(name, p)), None)
+    if pattern is not None:
+        return f"excluded by {pattern!r}"
+    if not any(fnmatchcase(name, p) for p in recipe.include):
+        return "not included"
+    if type(linear) is not nn.Linear:
+        return f"a {type(linear).__name__}, not a plain nn.Linear"
+    if tied_to:
+        return f"its weight is tied to {tied_to[0]}"
+    return "the output embedding" if is_head else None
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def _check_rank(name: str, linear: nn.Linear, recipe: MeldRecipe) -> None:
+    if recipe.rank > linear.in_features:
+        raise InputError(
+            f"rank {recipe.rank} is larger than the {linear.in_features} input features of {name}; "
+            f"use at most {linear.in_features}, or exclude that layer."
+        )

@@ -1,0 +1,278 @@
+"""FalqonPrecision: the Lightning plugin that melds a model, trains it and writes its FP8 weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypedDict
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import Precision
+from torch import nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from falqon.errors import InputError
+from falqon.linear import MeldedLinear
+from falqon.meld import MeldReport, meld, melded_layers
+from falqon.proxy import ProxyUpdate, check_rows
+from falqon.recipe import (
+    Fp8Recipe,
+    MeldRecipe,
+    Rounding,
+    as_plain,
+    fp8_recipe,
+    update_recipe,
+)
+from falqon.scaling import DelayedScaling
+
+
+class PluginState(TypedDict):
+    """What the plugin puts into a checkpoint; plain containers and tensors."""
+
+    version: int
+    settings: dict[str, Any]
+    skipped: dict[str, str]
+    steps: int
+    scaling: dict[str, Any]
+
+
+class FalqonPrecision(Precision):
+    """FP8 training with melded adapters (arXiv:2510.24061) as a Lightning Precision plugin.
+
+    Give it to the Trainer as `plugins` and leave `precision` unset. It melds the model in place,
+    computes everything that is not melded in `dtype`, and after every optimizer step (after
+    gradient accumulation and clipping, before the scheduler, checkpoints and validation) writes
+    rows of the proxy buffers into the FP8 codes.
+
+    Args:
+        rank: adapter rank r.
+        update: preset of the proxy update, see `falqon.recipe.PRESETS`.
+        rows: rows written in each layer and step: a number, `rank`, `all`, or a fraction in (0, 1);
+            the preset's own if None.
+        recipe: FP8 recipe: a name (`default`, `paper`, `none`) or its fields.
+        rounding: of the written codes, `nearest` or `stochastic`.
+        include: patterns of the linear layers to meld.
+        exclude: patterns of linear layers to leave in `dtype`.
+        svd: `randomized` or `full`.
+        dtype: of everything that is not melded. Norms and the loss compute in float32 inside.
+        seed: of the randomised SVD and of stochastic rounding.
+
+    Raises:
+        InputError: for an unknown name or a value out of range.
+    """
+
+    precision: Literal["bf16-true"] = "bf16-true"  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        rank: int = 64,
+        update: str = "paper",
+        rows: int | float | str | None = None,
+        recipe: str | Fp8Recipe = "default",
+        rounding: Rounding = "nearest",
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        svd: Literal["randomized", "full"] = "randomized",
+        dtype: Literal["bf16", "fp32"] = "bf16",
+        seed: int = 0,
+    ) -> None:
+        self.fp8 = fp8_recipe(recipe)
+        patterns = {
+            "include": MeldRecipe.include if include is None else tuple(include),
+            "exclude": MeldRecipe.exclude if exclude is None else tuple(exclude),
+        }
+        self.melding = MeldRecipe(rank=rank, svd=svd, seed=seed, **patterns)
+        self.update = update_recipe(update, rows, rounding=rounding, seed=seed)
+        if dtype not in ("bf16", "fp32"):
+            raise InputError(f"dtype is {dtype!r}; choose bf16 or fp32.")
+        self.dtype_name = dtype
+        self.dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
+        self.report: MeldReport | None = None
+        self.layers: dict[str, MeldedLinear] = {}
+        self.proxy_update: ProxyUpdate | None = None
+        self.scaling: DelayedScaling | None = None
+        self.steps = 0
+
+    # -- converting ---------------------------------------------------------------------------
+
+    @override
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Meld a module in place; melded layers are left as they are, so it may be called again.
+
+        Raises:
+            InputError: as `falqon.meld.meld` does.
+        """
+        return self.convert(module)
+
+    def convert(
+        self,
+        module: nn.Module,
+        device: torch.device | str | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> nn.Module:
+        """`convert_module` with a place for the melded layers and a progress callback.
+
+        Call it in `LightningModule.configure_model`: a checkpoint is loaded right after that, and
+        needs the melded parameters.
+
+        Args:
+            module: model or LightningModule, changed in place.
+            device: where to meld each layer; the layer's own device if None.
+            progress: see `falqon.meld.meld`.
+        """
+        check_rows(module, self.update)
+        report = meld(module, self.fp8, self.melding, device=device, progress=progress)
+        if self.report is None or report.converted:
+            self.report = report
+        layers = melded_layers(module)
+        own = {id(p) for layer in layers.values() for p in (layer.codes, layer.scale, layer.B)}
+        for parameter in module.parameters():
+            # Parameters only: buffers such as rotary frequencies keep their precision.
+            if id(parameter) not in own and parameter.is_floating_point():
+                parameter.data = parameter.data.to(self.dtype)
+        if list(layers.values()) != list(self.layers.values()):
+            self.layers = layers
+            self.proxy_update = ProxyUpdate(layers, self.update)
+            self.scaling = DelayedScaling(module, self.fp8.amax_history)
+        return module
+
+    @override
+    def connect(
+        self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
+    ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
+        """Check that training can work before it starts.
+
+        Raises:
+            InputError: if a proxy buffer is in no optimizer.
+        """
+        held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+        orphans = [name for name, layer in self.layers.items() if id(layer.B) not in held]
+        if optimizers and (orphans or not self.layers):
+            raise InputError(
+                f"the proxy buffer B of {orphans[0]} (and of {len(orphans) - 1} more layers) is in "
+                "no optimizer, so it would never be trained: create the optimizer in "
+                "configure_optimizers, from the parameters that require a gradient."
+                if orphans
+                else "the model has no melded layer: call FalqonPrecision.convert in configure_model."
+            )
+        return super().connect(model, optimizers, lr_schedulers)
+
+    # -- training -----------------------------------------------------------------------------
+
+    @override
+    def optimizer_step(  # type: ignore[override]
+        self,
+        optimizer: Optimizer,
+        model: LightningModule,
+        closure: Callable[[], Any],
+        **kwargs: Any,
+    ) -> Any:
+        """Step the optimizer, then write what it changed in B into the FP8 codes."""
+        result = super().optimizer_step(optimizer, model, closure, **kwargs)
+        assert self.proxy_update is not None and self.scaling is not None
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.proxy_update.step(self.steps, only=held)
+        self.scaling.advance()
+        self.steps += 1
+        return result
+
+    def metrics(self) -> dict[str, float]:
+        """Statistics of the last update, by metric name; waits for the device.
+
+        `falqon/rows_written`, `codes_flipped`, `codes_flipped_share`, `realised_ratio`,
+        `saturated_share` (see `falqon.proxy.UpdateStatistics`), `weight_scale` (geometric mean),
+        and with delayed scaling `scale_e4m3`, `scale_e5m2` and `overflowed`.
+        """
+        statistics = self.proxy_update.statistics() if self.proxy_update else None
+        if statistics is None or self.scaling is None:
+            return {}
+        logs: dict[str, float] = {k: float(v) for k, v in vars(statistics).items()}
+        scales = torch.stack([layer.scale.detach()[0] for layer in self.layers.values()])
+        logs["weight_scale"] = float(scales.log2().mean().exp2())
+        logs |= self.scaling.statistics()
+        return {f"falqon/{name}": value for name, value in logs.items()}
+
+    # -- state --------------------------------------------------------------------------------
+
+    def settings(self) -> dict[str, Any]:
+        """All settings as plain containers: what a checkpoint records and a resume must match."""
+        meld_settings = as_plain(self.melding)
+        update = as_plain(self.update)
+        return {
+            "rank": meld_settings.pop("rank"),
+            "update": update.pop("preset"),
+            "rows": update.pop("rows"),
+            "rounding": update.pop("rounding"),
+            "seed": update.pop("seed"),
+            "dtype": self.dtype_name,
+            "recipe": as_plain(self.fp8),
+            "meld": meld_settings,
+            "policy": update,
+        }
+
+    @override
+    def state_dict(self) -> PluginState:  # type: ignore[override]
+        """Settings, step counter and amax histories."""
+        return {
+            "version": 1,
+            "settings": self.settings(),
+            "skipped": dict(self.report.skipped) if self.report else {},
+            "steps": self.steps,
+            "scaling": self.scaling.state_dict() if self.scaling else {},
+        }
+
+    @override
+    def load_state_dict(self, state_dict: PluginState) -> None:  # type: ignore[override]
+        """Restore what `state_dict` gave.
+
+        Raises:
+            InputError: if the checkpoint was made with other settings.
+        """
+        self.check_settings(state_dict)
+        self.steps = state_dict["steps"]
+        if self.scaling is not None and state_dict["scaling"]:
+            self.scaling.load_state_dict(state_dict["scaling"])
+
+    def check_settings(self, state: PluginState | None, where: str = "the checkpoint") -> None:
+        """Compare a checkpoint's settings with this plugin's.
+
+        Args:
+            state: the plugin's entry in a checkpoint, None if there is none.
+            where: how to name the checkpoint.
+
+        Raises:
+            InputError: naming every setting that differs, or if there is no entry.
+        """
+        if state is None:
+            raise InputError(
+                f"{where} was not trained with FalqonPrecision and cannot be resumed with it."
+            )
+        if state.get("version") != 1:
+            raise InputError(
+                f"{where} has plugin state version {state.get('version')}, this release reads "
+                "version 1: use the release that wrote it."
+            )
+        theirs, ours = _flatten(state["settings"]), _flatten(self.settings())
+        differing = [
+            f"{key} (checkpoint {theirs.get(key)!r}, configuration {ours.get(key)!r})"
+            for key in sorted(theirs.keys() | ours.keys())
+            if theirs.get(key) != ours.get(key)
+        ]
+        if differing:
+            raise InputError(
+                f"{where} was made with another recipe: {'; '.join(differing)}. Give these settings "
+                "as the checkpoint has them, or start a new run without ckpt_path."
+            )
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+

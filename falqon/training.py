@@ -1,0 +1,178 @@
+"""The command line of `train.py`: LightningCLI with what every FALQON run has."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from typing_extensions import override
+
+from falqon.callbacks import MetricsCSV, WandbSettings, archive_previous_run, make_wandb_logger
+from falqon.callbacks.health import Fp8Metrics, Throughput
+from falqon.callbacks.predictions import PredictionFile
+from falqon.callbacks.report import RunReport
+from falqon.callbacks.run_checkpoint import RunCheckpoint
+from falqon.checkpoint import AtomicCheckpointIO, read_checkpoint
+from falqon.errors import InputError
+from falqon.precision import FalqonPrecision
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes the resolved configuration to `<default_root_dir>/config.yaml` and to the loggers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, save_to_log_dir=False)
+
+    @override
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        text = self.parser.dump(self.config, skip_none=False)
+        path = Path(trainer.default_root_dir) / "config.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".yaml.tmp")
+        temporary.write_text(text)
+        temporary.replace(path)
+        plain = self.config.as_dict() if hasattr(self.config, "as_dict") else dict(self.config)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(plain)
+
+
+class FalqonCLI(LightningCLI):
+    """LightningCLI with the run's files, loggers and report.
+
+    Beside `trainer`, `model` and `data` a configuration has `checkpoint` (`RunCheckpoint`), `report`
+    (`RunReport`) and `wandb` (`WandbSettings`). Interpolation (`${seed_everything}`) is resolved
+    once, after all files and flags.
+    """
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunReport, "report")
+        parser.add_class_arguments(WandbSettings, "wandb")
+        parser.link_arguments("model.init_args.model_name", "data.init_args.tokenizer_name")
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Check a checkpoint instead of letting its hyperparameters replace what was given."""
+        config = self.config[self.config.subcommand]
+        path = config.get("ckpt_path")
+        if path is None:
+            return
+        if path == "last":
+            path = str(Path(config.trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+            config.ckpt_path = path
+        if not Path(path).exists() and "://" not in path:
+            raise InputError(
+                f"ckpt_path {path} does not exist; give a .ckpt file, or leave ckpt_path out to "
+                "start a new run."
+            )
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        strategy = self.config[self.subcommand].trainer.strategy
+        name = strategy if isinstance(strategy, str) else str(strategy.get("class_path", ""))
+        if "deepspeed" in name.lower():
+            raise InputError(
+                f"trainer.strategy {name}: DeepSpeed replaces the optimizer step and the precision "
+                "plugin, so FALQON's weights would never be updated. Use ddp, or "
+                "lightning.pytorch.strategies.ModelParallelStrategy to shard."
+            )
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self._get(self.config_init, "trainer")
+        plugins = _as_list(config["plugins"])
+        if not any(isinstance(p, CheckpointIO) for p in plugins):
+            plugins.append(AtomicCheckpointIO())
+        root = Path(config["default_root_dir"] or os.curdir)
+        loggers = [x for x in _as_list(config["logger"]) if isinstance(x, Logger)]
+        step = self._resume_step(plugins)
+        if self.subcommand == "fit":
+            if step is None:
+                rank_zero_only(archive_previous_run)(root)
+            csv = MetricsCSV(root)
+            if step is not None:
+                csv.resume_at(step)
+            wandb = make_wandb_logger(self._get(self.config_init, "wandb"), root, step is not None)
+            loggers = [csv, *loggers, *([wandb] if wandb is not None else [])]
+        return super().instantiate_trainer(plugins=plugins, logger=loggers or False, **kwargs)
+
+    def _resume_step(self, plugins: list[Any]) -> int | None:
+        """Step of the checkpoint to resume from, after a look at whether it fits; None without."""
+        path = self._get(self.config_init, "ckpt_path")
+        if path is None or not Path(path).is_file():
+            return None
+        checkpoint = read_checkpoint(path, mmap=True)
+        for plugin in plugins:
+            if isinstance(plugin, FalqonPrecision):
+                plugin.check_settings(checkpoint.get("FalqonPrecision"), f"checkpoint {path}")
+        return int(checkpoint["global_step"])
+
+    def after_fit(self) -> None:
+        """Validate what was trained last, if that has not happened yet, and print the report."""
+        if self.trainer.fast_dev_run or self.trainer.interrupted:
+            return
+        report = self._get(self.config_init, "report")
+        has_validation = self.trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined()
+        if (
+            has_validation
+            and self.trainer.limit_val_batches
+            and report.last_validated_step != self.trainer.global_step
+        ):
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        report.finish(self.trainer, self.model)
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None or isinstance(value, bool):
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def run(args: list[str] | None = None) -> FalqonCLI:
+    """Parse the command line and do what it says.
+
+    A mistake in what the user gave is printed as one line, and the process exits with status 2.
+
+    Args:
+        args: instead of the process's own arguments.
+
+    Returns:
+        The finished CLI, with its `trainer`, `model` and `datamodule`.
+    """
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    try:
+        return FalqonCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=args,
+            save_config_callback=RunConfig,
+            seed_everything_default=0,
+            trainer_defaults={
+                "default_root_dir": "runs/default",
+                "use_distributed_sampler": False,
+                "num_sanity_val_steps": -1,
+                "callbacks": [Throughput(), Fp8Metrics(), PredictionFile()],
+            },
+            parser_kwargs={"parser_mode": "omegaconf+"},
+            auto_configure_optimizers=False,
+        )
+    except InputError as error:
+        sys.exit(_fail(error))
+
+
+def _fail(error: InputError) -> int:
+    print(f"train.py: error: {error}", file=sys.stderr)
+    return 2

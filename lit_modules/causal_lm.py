@@ -1,0 +1,305 @@
+"""A causal language model: trained on supervised tokens, validated, and asked to answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.optim import AdamW
+from transformers import PreTrainedModel
+
+from falqon.errors import InputError
+from falqon.precision import FalqonPrecision
+from falqon.pretrained import load_model
+from lit_modules.loss import supervised_loss
+from lit_modules.schedules import WarmupConstant
+
+
+class LitCausalLM(LightningModule):
+    """Fine-tunes a Hugging Face causal LM with the method that the Trainer's precision plugin is.
+
+    With `FalqonPrecision` the model is melded into FP8 when it is loaded; with another plugin all
+    of it is trained in that plugin's precision.
+
+    The loss is the mean over supervised tokens of the whole optimizer step: over the batch,
+    accumulated batches and devices alike, whatever their share of supervised tokens.
+
+    Logs `train/loss`, `grad_norm` (before clipping) and `lr` for every optimizer step, `val/loss` and
+    `val/perplexity`, `test/loss` and `test/perplexity`.
+
+    Args:
+        model_name: Where the model is: a hub id, a local directory, a GGUF file, or
+            `package:NAME` for a model inside an installed Python package.
+        optimizer: From parameters to an optimizer.
+        lr_scheduler: From an optimizer to a scheduler, stepped once an optimizer step.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        attn_implementation: Attention of transformers: `sdpa`, `eager`, `flash_attention_2` ...
+        compare_with_base: Measure the validation loss of the untuned model before it is melded. It
+            is then on the device in its own precision for a moment.
+        max_new_tokens: Longest answer of generation.
+        temperature: Of sampling in generation; 0 takes the most likely token.
+        trust_remote_code: Run code that comes with the model. Only for sources you trust.
+        revision: Branch, tag or commit on the hub.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        optimizer: OptimizerCallable = lambda params: AdamW(
+            params, lr=2e-4, betas=(0.9, 0.999), weight_decay=0.0, fused=True
+        ),
+        lr_scheduler: LRSchedulerCallable = lambda optimizer: WarmupConstant(
+            optimizer, warmup=0.03
+        ),
+        gradient_checkpointing: bool = False,
+        attn_implementation: str = "sdpa",
+        compare_with_base: bool = False,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        if max_new_tokens < 1:
+            raise InputError(f"model.max_new_tokens is {max_new_tokens}; it must be at least 1.")
+        if temperature < 0:
+            raise InputError(f"model.temperature is {temperature}; it must not be negative.")
+        self.model_name = model_name
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.gradient_checkpointing = gradient_checkpointing
+        self.attn_implementation = attn_implementation
+        self.compare_with_base = compare_with_base
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.trust_remote_code = trust_remote_code
+        self.revision = revision
+        self.model: PreTrainedModel | None = None
+        self.base_loss: float | None = None
+        self._sums: dict[str, Tensor] = {}
+
+    # -- setting up ---------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the model and, with `FalqonPrecision`, meld it; does nothing the second time."""
+        if self.model is not None:
+            return
+        plugin = self.trainer.precision_plugin
+        dtype = plugin.dtype if isinstance(plugin, FalqonPrecision) else torch.bfloat16
+        device = self.trainer.strategy.root_device
+        with torch.device("cpu"):
+            model = load_model(
+                self.model_name,
+                dtype=dtype,
+                attn_implementation=self.attn_implementation,
+                trust_remote_code=self.trust_remote_code,
+                revision=self.revision,
+            )
+            if self.compare_with_base and self._fits_from_start():
+                self.base_loss = self._loss_of(model.to(device))
+            if isinstance(plugin, FalqonPrecision):
+                plugin.convert(model, device=device)
+                rank_zero_info(str(plugin.report))
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        model.train()  # Lightning leaves the mode as it is, and from_pretrained gives eval mode
+        self.model = model
+
+    def _fits_from_start(self) -> bool:
+        return self.trainer.state.fn == "fit" and not self.trainer.ckpt_path
+
+    @torch.no_grad()
+    def _loss_of(self, model: PreTrainedModel) -> float | None:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is None:
+            return None
+        batches: Iterable[Any] = datamodule.val_dataloader()
+        limit = self.trainer.limit_val_batches
+        if isinstance(limit, float):
+            limit = int(limit * len(batches))  # type: ignore[arg-type]
+        sums = torch.zeros(2, dtype=torch.float64, device=model.device)
+        model.eval()
+        for batch in islice(batches, limit):
+            batch = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, Tensor)}
+            sums += torch.stack(supervised_loss(model, batch)).double()
+        loss, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        return loss / tokens if tokens else None
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer over what is trainable, with its scheduler stepped once an optimizer step."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = self.optimizer(parameters)
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, WarmupConstant):
+            scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    # -- training -----------------------------------------------------------------------------
+
+    def forward(self, **inputs: Any) -> Any:
+        """The wrapped model's forward."""
+        assert self.model is not None
+        return self.model(**inputs)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Summed loss of a batch; `configure_gradient_clipping` divides by the step's tokens."""
+        assert self.model is not None
+        loss, tokens = supervised_loss(self.model, batch)
+        self._add("train", loss, tokens)
+        # Undo what Lightning and DDP will do: divide by accumulated batches, average over ranks.
+        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Make the gradient that of the mean over the step's supervised tokens, then clip it."""
+        sums = self._take("train")
+        if sums is None:
+            return
+        loss, tokens = sums
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        per_token = tokens.clamp(min=1).reciprocal().to(torch.float32)
+        for gradient in gradients:
+            gradient.mul_(per_token)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        elif gradient_clip_val:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        learning_rate = optimizer.param_groups[0]["lr"]
+        self.log("train/loss", loss / tokens.clamp(min=1), prog_bar=True)
+        self.log("grad_norm", norm)
+        self.log("lr", learning_rate)
+
+    # -- validation and test ------------------------------------------------------------------
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Add a batch's loss to the sums of `val/loss`."""
+        assert self.model is not None
+        self._add("val", *supervised_loss(self.model, batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/loss` and `val/perplexity` over all supervised tokens of all devices."""
+        self._log_mean("val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Add a batch's loss to the sums of `test/loss`."""
+        assert self.model is not None
+        self._add("test", *supervised_loss(self.model, batch))
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test/loss` and `test/perplexity`."""
+        self._log_mean("test")
+
+    def _add(self, stage: str, loss: Tensor, tokens: Tensor) -> None:
+        sums = torch.stack([loss.detach().double(), tokens.double()])
+        self._sums[stage] = self._sums[stage] + sums if stage in self._sums else sums
+
+    def _take(self, stage: str) -> tuple[Tensor, Tensor] | None:
+        """Loss and token sums over all ranks since the last call, float64 scalars."""
+        sums = self._sums.pop(stage, None)
+        if sums is None:
+            return None
+        loss, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum").unbind()
+        return loss, tokens
+
+    def _log_mean(self, stage: Literal["val", "test"]) -> None:
+        sums = self._take(stage)
+        if sums is None or not sums[1]:
+            return
+        loss = float(sums[0] / sums[1])
+        self.log(f"{stage}/loss", loss, prog_bar=stage == "val")
+        self.log(f"{stage}/perplexity", math.exp(min(loss, 700.0)))
+
+    # -- generation ---------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def generate(self, batch: dict[str, Any], max_new_tokens: int | None = None) -> list[str]:
+        """Answer prompts.
+
+        Args:
+            batch: `input_ids` and `attention_mask`, int64 [b, s], padded on the left.
+            max_new_tokens: longest answer; the module's own setting if None.
+
+        Returns:
+            b answers, without prompt and special tokens.
+        """
+        assert self.model is not None
+        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        ids = batch["input_ids"].to(self.device)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if self.temperature > 0:
+            sampling = {"do_sample": True, "temperature": self.temperature}
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            tokens = self.model.generate(
+                input_ids=ids,
+                attention_mask=batch["attention_mask"].to(self.device),
+                max_new_tokens=max_new_tokens or self.max_new_tokens,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id
+                if tokenizer.pad_token_id is not None
+                else tokenizer.eos_token_id,
+                **sampling,
+            )
+        finally:
+            self.model.train(was_training)
+        answers: list[str] = tokenizer.batch_decode(
+            tokens[:, ids.shape[1] :], skip_special_tokens=True
+        )
+        return [answer.strip() for answer in answers]
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, str]]:
+        """Answers beside their prompts and references, where the batch has these."""
+        answers = self.generate(batch)
+        prompts = batch.get("prompt_text", [""] * len(answers))
+        references = batch.get("reference", [""] * len(answers))
+        return [
+            {"prompt": p, "reference": r, "answer": a}
+            for p, r, a in zip(prompts, references, answers, strict=True)
+        ]
+
+    # -- checkpoints --------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the model's name and the untuned loss."""
+        checkpoint["LitCausalLM"] = {"model_name": self.model_name, "base_loss": self.base_loss}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model or recipe before anything is loaded from it.
+
+        Raises:
+            InputError: naming what differs.
+        """
+        where = f"checkpoint {self.trainer.ckpt_path}"
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, FalqonPrecision):
+            plugin.check_settings(checkpoint.get("FalqonPrecision"), where)
+        elif "FalqonPrecision" in checkpoint:
+            raise InputError(
+                f"{where} was trained with FalqonPrecision: add falqon.FalqonPrecision to "
+                "trainer.plugins, with the settings of that run's config.yaml."
+            )
+        expected = {name: tuple(p.shape) for name, p in self.state_dict().items()}
+        found = {name: tuple(p.shape) for name, p in checkpoint["state_dict"].items()}
+        if expected != found:
+            name = next(n for n in sorted(expected.keys() | found.keys()) if expected.get(n) != found.get(n))
+            raise InputError(
+                f"{where} belongs to another model than {self.model_name}: {name} has shape "
+                f"{found.get(name)} there and {expected.get(name)} here."
+            )
+        self.base_loss = checkpoint.get("LitCausalLM", {}).get("base_loss")
