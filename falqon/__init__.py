@@ -14,8 +14,7 @@ from falqon.recipe import (
     fp8_recipe,
     update_recipe,
 )
-
-__version__ = "0.1.0"
+from falqon.version import __version__
 
 __all__ = [
     "PRESETS",
@@ -29,6 +28,7 @@ __all__ = [
     "ProxyUpdate",
     "UpdateRecipe",
     "UpdateStatistics",
+    "__version__",
     "fp8_recipe",
     "meld",
     "meld_linear",

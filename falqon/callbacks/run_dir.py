@@ -14,7 +14,7 @@ RUN_FILES = (
     "summary.json",
     "checkpoints",
     "wandb",
-    "*.png",
+    "predictions*.jsonl",
 )
 
 

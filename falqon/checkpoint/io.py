@@ -236,9 +236,7 @@ def _require_checkpoint(path: str | Path, loaded: Any) -> dict[str, Any]:
 
 
 def _cannot_read(path: str | Path, error: BaseException) -> CheckpointError:
-    refused = re.search(
-        r"Unsupported (?:global|class|operand)[^\w]*(?:GLOBAL )?([\w.]+)", str(error)
-    )
+    refused = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
     if refused:
         return CheckpointError(
             f"{path} holds a Python object ({refused[1]}) that is not loaded, since doing so could "
