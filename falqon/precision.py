@@ -50,7 +50,8 @@ class FalqonPrecision(Precision):
         update: preset of the proxy update, see `falqon.recipe.PRESETS`.
         rows: rows written in each layer and step: a number, `rank`, `all`, or a fraction in (0, 1);
             the preset's own if None.
-        recipe: FP8 recipe: a name (`default`, `paper`, `none`) or its fields.
+        recipe: FP8 recipe: a name (`default`, `paper`, `none`), or fields of `Fp8Recipe` that
+            differ from the one named `base`.
         rounding: of the written codes, `nearest` or `stochastic`.
         include: patterns of the linear layers to meld.
         exclude: patterns of linear layers to leave in `dtype`.
@@ -69,7 +70,7 @@ class FalqonPrecision(Precision):
         rank: int = 64,
         update: str = "paper",
         rows: int | float | str | None = None,
-        recipe: str | Fp8Recipe = "default",
+        recipe: str | dict[str, Any] | Fp8Recipe = "default",
         rounding: Rounding = "nearest",
         include: list[str] | None = None,
         exclude: list[str] | None = None,

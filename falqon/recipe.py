@@ -9,7 +9,8 @@ checkpoint and compared on resume.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from falqon.errors import InputError
@@ -91,14 +92,28 @@ RECIPES: dict[str, Fp8Recipe] = {
 """Named FP8 recipes: `default`, `paper` (arXiv:2510.24061), and `none` (no FP8 rounding)."""
 
 
-def fp8_recipe(recipe: str | Fp8Recipe) -> Fp8Recipe:
-    """Look a named recipe up; a recipe object is returned as it is.
+def fp8_recipe(recipe: str | Mapping[str, Any] | Fp8Recipe) -> Fp8Recipe:
+    """Make a recipe from a name, or from fields that differ from a named one.
+
+    Args:
+        recipe: a name in `RECIPES`; fields of `Fp8Recipe`, with `base` naming the recipe they
+            change (`default` if left out); or a recipe, returned as it is.
 
     Raises:
-        InputError: for a name that is not in `RECIPES`.
+        InputError: for an unknown name or field, or a value that is not allowed.
     """
     if isinstance(recipe, Fp8Recipe):
         return recipe
+    if isinstance(recipe, Mapping):
+        changes = dict(recipe)
+        base = fp8_recipe(changes.pop("base", "default"))
+        known = {f.name for f in fields(Fp8Recipe)}
+        for key in changes:
+            if key not in known:
+                raise InputError(
+                    f"unknown key {key!r} in the FP8 recipe; it has base, {', '.join(sorted(known))}."
+                )
+        return replace(base, **changes)
     if recipe not in RECIPES:
         raise InputError(f"unknown FP8 recipe {recipe!r}; choose one of {', '.join(RECIPES)}.")
     return RECIPES[recipe]

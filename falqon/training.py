@@ -79,7 +79,13 @@ class FalqonCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        strategy = self.config[self.subcommand].trainer.strategy
+        trainer = self.config[self.subcommand].trainer
+        for plugin in _as_list(trainer.plugins):
+            # Here a mistake in its settings is one sentence; from within jsonargparse it would be
+            # one of many reasons why no type of plugin fits.
+            if not isinstance(plugin, str) and plugin.get("class_path") == "falqon.FalqonPrecision":
+                FalqonPrecision(**plugin.init_args.as_dict())
+        strategy = trainer.strategy
         name = strategy if isinstance(strategy, str) else str(strategy.get("class_path", ""))
         if "deepspeed" in name.lower():
             raise InputError(

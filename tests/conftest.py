@@ -1,4 +1,4 @@
-"""Small data files and a tiny tokenizer, made on the spot; no network."""
+"""Small data files, a tiny tokenizer and a tiny model, made on the spot; no network."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from falqon.training import FalqonCLI, run
 
 CHATML = (
     "{% for m in messages %}"
@@ -238,3 +241,70 @@ def write_jsonl(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def tiny_run(tokenizer_dir: str, alpaca_file: str, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Builds the configuration of a run of seconds: tiny Llama, forty rows, 10 batches an epoch."""
+
+    def make(**plugin: Any) -> dict[str, Any]:
+        return {
+            "seed_everything": 0,
+            "trainer": {
+                "default_root_dir": str(tmp_path / "run"),
+                "accelerator": "cpu",
+                "devices": 1,
+                "max_steps": 6,
+                "val_check_interval": 3,
+                "check_val_every_n_epoch": None,
+                "log_every_n_steps": 1,
+                "gradient_clip_val": 1.0,
+                "deterministic": True,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "plugins": [
+                    {
+                        "class_path": "falqon.FalqonPrecision",
+                        "init_args": {"rank": 4, "update": "paper", "rows": "rank", **plugin},
+                    }
+                ],
+            },
+            "model": {
+                "class_path": "lit_modules.LitCausalLM",
+                "init_args": {
+                    "model_name": tokenizer_dir,
+                    "max_new_tokens": 8,
+                    "optimizer": {
+                        "class_path": "torch.optim.AdamW",
+                        "init_args": {"lr": 0.05, "weight_decay": 0.0},
+                    },
+                },
+            },
+            "data": {
+                "class_path": "datamodules.AlpacaDataModule",
+                "init_args": {
+                    "train_path": alpaca_file,
+                    "batch_size": 4,
+                    "max_length": 128,
+                    "val_fraction": 0.2,
+                },
+            },
+            "checkpoint": {"every_n_train_steps": 3},
+            "report": {"max_new_tokens": 8},
+            "wandb": {"mode": "disabled"},
+        }
+
+    return make
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., FalqonCLI]:
+    """Runs train.py's command line in this process: a subcommand, a configuration, more flags."""
+
+    def invoke(subcommand: str, config: dict[str, Any], *flags: str) -> FalqonCLI:
+        path = tmp_path / "given.yaml"
+        path.write_text(yaml.safe_dump(config))
+        monkeypatch.setattr("sys.argv", ["train.py"])
+        return run([subcommand, "--config", str(path), *flags])
+
+    return invoke
