@@ -43,6 +43,7 @@ E5M2 = Format("e5m2", torch.float8_e5m2, 57344.0, 2, -14, 0x7B)
 """5 exponent and 2 mantissa bits: gradients of outputs."""
 
 _LARGEST_SCALE = 2.0**126  # its reciprocal is the smallest normal float32
+_FLOAT64_MANTISSA = (1 << 52) - 1
 
 
 def compute_scale(amax: Tensor, fmt: Format, rounding: ScaleRounding = "power_of_two") -> Tensor:
@@ -58,16 +59,15 @@ def compute_scale(amax: Tensor, fmt: Format, rounding: ScaleRounding = "power_of
             without rounding overflows with it; `none` keeps it.
 
     Returns:
-        float32 scale(s) in the shape of `amax`, positive and at most 2^126.
+        float32 scale(s) in the shape of `amax`, from 2^-126 to 2^126.
     """
     amax = amax.to(torch.float64)
     usable = torch.isfinite(amax) & (amax > 0)
     scale = fmt.max / torch.where(usable, amax, torch.ones_like(amax))
     if rounding == "power_of_two":
-        # frexp: scale = mantissa * 2^exponent with mantissa in [0.5, 1)
-        _, exponent = torch.frexp(scale)
-        scale = torch.ldexp(torch.ones_like(scale), exponent - 1)
-    scale = scale.clamp(max=_LARGEST_SCALE)
+        # Cutting the mantissa off is exact everywhere; pow, behind torch.ldexp, need not be.
+        scale = (scale.view(torch.int64) & ~_FLOAT64_MANTISSA).view(torch.float64)
+    scale = scale.clamp(1.0 / _LARGEST_SCALE, _LARGEST_SCALE)
     return torch.where(usable, scale, torch.ones_like(scale)).to(torch.float32)
 
 
@@ -89,7 +89,8 @@ def encode(x: Tensor, fmt: Format, overwrite: bool = False) -> Tensor:
     """Round to the nearest FP8 value, ties to even; beyond the largest finite value saturate.
 
     Args:
-        x: any shape, floating. Infinities saturate, NaN stays NaN.
+        x: any shape, floating (float64 is rounded to float32 first). Infinities saturate, NaN
+            stays NaN.
         overwrite: `x` may be used as scratch space.
 
     Returns:

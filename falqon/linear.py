@@ -160,12 +160,17 @@ class MeldedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MeldedLinear:
         # model.to(bfloat16) and the like must not round the scale, B or exact weights.
-        kept = {name: p.data for name, p in self.named_parameters(recurse=False) if name != "bias"}
+        kept = {
+            name: (p.data, None if p.grad is None else p.grad.detach())
+            for name, p in self.named_parameters(recurse=False)
+            if name != "bias"
+        }
         super()._apply(fn, recurse)
-        for name, before in kept.items():
+        for name, (before, grad) in kept.items():
             parameter = getattr(self, name)
             if parameter.dtype != before.dtype:
                 parameter.data = before.to(parameter.device)
+                parameter.grad = None if grad is None else grad.to(parameter.device)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -80,10 +80,16 @@ def truncated_svd(matrix: Tensor, recipe: MeldRecipe, seed: int) -> tuple[Tensor
     if recipe.svd == "full" or sketch >= min(matrix.shape):
         _, values, right = torch.linalg.svd(matrix, full_matrices=False)
         return values[:rank], right[:rank]
-    devices = [matrix.device] if matrix.is_cuda else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    # svd_lowrank takes no generator. torch.manual_seed would reseed every device; this, only one.
+    generator = torch.default_generator
+    if matrix.is_cuda:
+        generator = torch.cuda.default_generators[matrix.get_device()]
+    state = generator.get_state()
+    try:
+        generator.manual_seed(seed)
         _, values, right = torch.svd_lowrank(matrix, q=sketch, niter=recipe.power_iterations)
+    finally:
+        generator.set_state(state)
     return values[:rank], right.t()[:rank]
 
 
@@ -237,8 +243,9 @@ def meld(
         del linear
         if progress is not None:
             progress(name, number, len(targets))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.endswith(".B") or name == "B")
+    proxies = {id(layer.B) for layer in melded_layers(model).values()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in proxies)
     return report
 
 

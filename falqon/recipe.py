@@ -66,8 +66,11 @@ class Fp8Recipe:
         _one_of(name, "weight_scale_rounding", self.weight_scale_rounding, get_args(ScaleRounding))
         _one_of(name, "scale_rounding", self.scale_rounding, get_args(ScaleRounding))
         _one_of(name, "emulate", self.emulate, ("fp8", "none"))
-        if self.amax_history < 1:
-            raise InputError(f"{name}.amax_history is {self.amax_history}; it must be at least 1.")
+        steps = self.amax_history
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise InputError(
+                f"{name}.amax_history is {steps!r}; it must be a whole number of at least 1."
+            )
         if self.scaling == "delayed" and (self.activations, self.gradients) != (
             "per_tensor",
             "per_tensor",
@@ -152,6 +155,9 @@ class MeldRecipe:
         for key in ("oversampling", "power_iterations"):
             if getattr(self, key) < 0:
                 raise InputError(f"{name}.{key} is {getattr(self, key)}; it must not be negative.")
+        for key in ("include", "exclude"):
+            if isinstance(getattr(self, key), str):  # it would be read letter by letter
+                raise InputError(f"{name}.{key} is one string; give a list of patterns.")
         if not self.include:
             raise InputError(f"{name}.include is empty, so nothing would be melded; use ['*'].")
 
@@ -185,7 +191,12 @@ class UpdateRecipe:
         rows, help_text = self.rows, "use a whole number of at least 1, 'rank', 'all', or a fraction"
         if isinstance(rows, str):
             _one_of(name, "rows", rows, ("rank", "all"))
-        elif isinstance(rows, bool) or not math.isfinite(rows) or rows <= 0:
+        elif (
+            isinstance(rows, bool)
+            or not isinstance(rows, (int, float))
+            or not math.isfinite(rows)
+            or rows <= 0
+        ):
             raise InputError(f"rows is {rows!r}, out of range; {help_text} between 0 and 1.")
         elif rows > 1 and rows != int(rows):
             raise InputError(f"rows is {rows!r}; {help_text} between 0 and 1.")

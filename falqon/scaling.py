@@ -61,10 +61,12 @@ class DelayedScaling:
 
     def _set_scales(self) -> None:
         assert self.history is not None
-        for module, amax in zip(self.quantizers.values(), self.history.amax(dim=1), strict=True):
-            module.scale = None
-            if amax > 0:
-                module.scale = compute_scale(amax.reshape(1), module.fmt, module.scale_rounding)
+        largest = self.history.amax(dim=1, keepdim=True)
+        known = (largest > 0).flatten().tolist()  # one wait for the device, not one a quantiser
+        for module, amax, seen in zip(self.quantizers.values(), largest, known, strict=True):
+            module.scale = (
+                compute_scale(amax, module.fmt, module.scale_rounding) if seen else None
+            )
 
     def statistics(self) -> dict[str, float]:
         """`scale_<format>` (geometric mean) and `overflowed` (values beyond a stale scale so far).

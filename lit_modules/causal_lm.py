@@ -53,7 +53,7 @@ class LitCausalLM(LightningModule):
         self,
         model_name: str,
         optimizer: OptimizerCallable = lambda params: AdamW(
-            params, lr=2e-4, betas=(0.9, 0.999), weight_decay=0.0, fused=True
+            params, lr=2e-4, weight_decay=0.0, fused=True
         ),
         lr_scheduler: LRSchedulerCallable = lambda optimizer: WarmupConstant(
             optimizer, warmup=0.03

@@ -41,9 +41,11 @@ def melded_matmul(
         both = scaled_matmul(left, right, x_scale, scale, dtype, power_of_two)
     else:
         both = (left @ right).to(dtype)
-    out = both[:, :split]
-    out = out.contiguous() if bias is None else out + bias.to(dtype)
-    return out, both[:, split:].contiguous()
+    # Copies: with a single token both slices are contiguous, and `contiguous` would share storage.
+    out, adapter = both[:, :split], both[:, split:].clone(memory_format=torch.contiguous_format)
+    if bias is None:
+        return out.clone(memory_format=torch.contiguous_format), adapter
+    return out + bias.to(dtype), adapter
 
 
 class MeldedMatmul(nn.Module):

@@ -62,7 +62,8 @@ class Quantize(nn.Module):
         return quantize(x, self.fmt, "per_tensor", self.scale_rounding, scale)
 
     def _observe(self, x: Tensor, amax: Tensor, scale: Tensor) -> None:
-        count = (x.detach().abs() > self.fmt.max / scale).sum()
+        # The margin is for scales that are not powers of two: x * scale may round up to the limit.
+        count = (x.detach().abs() > self.fmt.max * (1 + 2**-20) / scale).sum()
         if self.observed_amax is None or self.overflowed is None:
             self.observed_amax, self.overflowed = amax, count
         else:

@@ -15,7 +15,7 @@ class RowUpdateCounts(NamedTuple):
     """What a row update did; scalar tensors, so that nothing waits for the device.
 
     Attributes:
-        written: rows whose B was finite and not zero, int64.
+        written: rows whose change was finite and whose B was not zero, int64.
         codes: codes in those rows, int64.
         flipped: codes that changed, int64.
         saturated: codes of written rows at the largest magnitude, int64.
@@ -42,7 +42,7 @@ def row_update(
     """`W[K] = Q(DQ(W[K]) + B[K] A)` in place, with the unchanged scale, saturating.
 
     Rows of B that are zero leave their codes alone bit for bit (requantising would turn -0 into
-    0), and so do rows that are not finite: a NaN gradient must not reach the weights.
+    0), and so do rows whose change is not finite: a NaN gradient must not reach the weights.
 
     Args:
         codes: merged weight, uint8 [out + r, in] (or float32: then the change is added exactly).
@@ -58,19 +58,21 @@ def row_update(
     """
     rank = proxy.shape[1]
     a_codes, old = codes[codes.shape[0] - rank :], codes[rows]
-    live = torch.isfinite(proxy).all(dim=1, keepdim=True) & (proxy != 0).any(dim=1, keepdim=True)
-    proxy = torch.where(live, proxy, torch.zeros_like(proxy))
-    if codes.dtype != torch.uint8:
-        wanted = proxy @ a_codes
-        codes[rows] = old + wanted
+    exact = codes.dtype != torch.uint8
+    # In units of codes, that is multiplied by the scale, which cancels in B A. A finite B can still
+    # overflow here, to infinity or to NaN.
+    wanted = proxy @ (a_codes if exact else decode(a_codes, E4M3))
+    finite = (torch.isfinite(proxy).all(dim=1) & torch.isfinite(wanted).all(dim=1))[:, None]
+    live = finite & (proxy != 0).any(dim=1, keepdim=True)
+    wanted = torch.where(live, wanted, torch.zeros_like(wanted))
+    if exact:
+        codes[rows] = torch.where(live, old + wanted, old)
         norm = wanted.double().square().sum()
         flipped = (codes[rows] != old).sum()
         written = live.sum()
         none = torch.zeros_like(flipped)
         return RowUpdateCounts(written, written * codes.shape[1], flipped, none, norm, norm)
-    # In units of codes, that is multiplied by the scale: the scale cancels in B A.
     before = decode(old, E4M3)
-    wanted = (proxy * scale) @ (decode(a_codes, E4M3) / scale)
     target = before + wanted
     if rounding == "nearest":
         new = encode(target, E4M3)

@@ -1,0 +1,86 @@
+"""Every YAML in configs/ is parsed and its classes are made."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Trainer
+
+from falqon import FalqonPrecision
+from falqon.training import FalqonCLI, run
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def instantiate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Everything that `fit` makes before it would train."""
+
+    def make(path: Path, *flags: str) -> FalqonCLI:
+        monkeypatch.setattr("sys.argv", ["train.py"])
+        monkeypatch.setattr(Trainer, "fit", lambda *args, **kwargs: None)
+        monkeypatch.setattr(FalqonCLI, "after_fit", lambda self: None)
+        flags = (*flags, f"--trainer.default_root_dir={tmp_path}", "--wandb.mode=disabled")
+        return run(["fit", f"--config={path}", *flags])
+
+    return make
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_config_can_be_instantiated(path: Path, instantiate) -> None:
+    cli = instantiate(path, "--trainer.accelerator=cpu")
+    assert isinstance(cli.trainer.precision_plugin, FalqonPrecision)
+    assert cli.trainer.max_steps > 0
+    assert cli.datamodule.tokenizer_name == cli.model.model_name
+    parameters = [p for p in (cli_parameter(),)]
+    optimizer = cli.model.optimizer(parameters)
+    cli.model.lr_scheduler(optimizer)
+    assert optimizer.param_groups[0]["lr"] > 0
+
+
+def cli_parameter():
+    import torch
+
+    return torch.nn.Parameter(torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in CONFIGS if p.stem.startswith("llama")], ids=lambda p: p.stem
+)
+def test_llama_configs_have_the_papers_settings(path: Path, instantiate) -> None:
+    cli = instantiate(path, "--trainer.accelerator=cpu")
+    plugin = cli.trainer.precision_plugin
+    assert (plugin.melding.rank, plugin.update.rows, plugin.update.preset) == (64, 10, "paper")
+    assert cli.datamodule.batch_size * cli.trainer.accumulate_grad_batches == 16
+    assert cli.trainer.max_steps == 1875
+    assert cli.trainer.gradient_clip_val == 0.3
+    optimizer = cli.model.optimizer([cli_parameter()])
+    assert type(optimizer).__name__ == "PagedAdamW32bit"
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (2e-4, 0.0)
+
+
+def test_defaults_of_the_module_are_those_documented(instantiate) -> None:
+    # llama configs say it themselves; here nothing is said.
+    cli = instantiate(ROOT / "tests" / "data" / "minimal.yaml")
+    optimizer = cli.model.optimizer([cli_parameter()])
+    group = optimizer.param_groups[0]
+    assert type(optimizer).__name__ == "AdamW"
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (2e-4, (0.9, 0.999), 0.0)
+    assert group["fused"]
+    scheduler = cli.model.lr_scheduler(optimizer)
+    scheduler.set_total_steps(100)
+    rates = [scheduler.get_last_lr()[0]]
+    for _ in range(5):
+        optimizer.step()
+        scheduler.step()
+        rates.append(scheduler.get_last_lr()[0])
+    assert rates == pytest.approx([0.5e-4, 1e-4, 1.5e-4, 2e-4, 2e-4, 2e-4])
+
+
+def test_configs_name_no_host() -> None:
+    for path in CONFIGS:
+        assert not re.search(r"https?://", path.read_text())
