@@ -166,7 +166,7 @@ def decode(codes: Tensor, fmt: Format, dtype: torch.dtype = torch.float32) -> Te
         and sys.byteorder == "little"
         and not torch.compiler.is_compiling()
     ):
-        # torch's CPU cast decodes byte by byte; a table of pairs does the same several times faster.
+        # torch's CPU cast decodes byte by byte; a table of pairs does it several times faster.
         index = codes.view(-1).view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
         values = torch.index_select(_pair_table(fmt, dtype), 0, index)
         return values.view(dtype).view(codes.shape)
@@ -205,7 +205,7 @@ def quantize(
 def dequantize(
     codes: Tensor, scale: Tensor, fmt: Format, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Values of FP8 codes: `decode(codes) / scale`, computed in float32, in the shape of `codes`."""
+    """Values of FP8 codes: `decode(codes) / scale` in float32, in the shape of `codes`."""
     return (decode(codes, fmt) / scale).to(dtype)
 
 

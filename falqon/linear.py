@@ -21,7 +21,7 @@ class _MeldedFunction(torch.autograd.Function):
     """Alg. 2 forward, Alg. 3 backward. The input is not saved, only O_A [T, r]."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         codes: Tensor,
@@ -38,7 +38,7 @@ class _MeldedFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         adapter, codes, scale = ctx.saved_tensors
         layer: MeldedLinear = ctx.layer
         grad_input = grad_proxy = grad_bias = None
@@ -94,7 +94,9 @@ class MeldedLinear(nn.Module):
         self.recipe = recipe
         exact = recipe.emulate == "none"
 
-        def parameter(shape: tuple[int, ...], kind: torch.dtype, train: bool = False) -> nn.Parameter:
+        def parameter(
+            shape: tuple[int, ...], kind: torch.dtype, train: bool = False
+        ) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, dtype=kind, device=device), requires_grad=train)
 
         self.codes = parameter(
@@ -109,15 +111,11 @@ class MeldedLinear(nn.Module):
         self.quantize_input: nn.Module = PassThrough()
         self.quantize_gradient: nn.Module = PassThrough()
         if not exact:
-            self.quantize_input = Quantize(
-                E4M3, recipe.activations, recipe.scale_rounding, delayed
-            )
+            self.quantize_input = Quantize(E4M3, recipe.activations, recipe.scale_rounding, delayed)
             self.quantize_gradient = Quantize(
                 E5M2, recipe.gradients, recipe.scale_rounding, delayed
             )
-        exact_scales = (
-            recipe.weight_scale_rounding == recipe.scale_rounding == "power_of_two"
-        )
+        exact_scales = recipe.weight_scale_rounding == recipe.scale_rounding == "power_of_two"
         self.melded_matmul = MeldedMatmul(rank, exact_scales)
         self.backbone_matmul = BackboneMatmul(rank, exact_scales)
         self.proxy_grad = ProxyGrad()
@@ -155,7 +153,7 @@ class MeldedLinear(nn.Module):
 
     def _values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         if codes.dtype != torch.uint8:
-            return codes.to(dtype)
+            return codes.to(dtype, copy=True)  # as with FP8, never a view of the live weight
         return dequantize(codes, self.scale, E4M3, dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MeldedLinear:
@@ -184,6 +182,7 @@ class MeldedLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
+        """What `repr` shows in the brackets."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"bias={self.bias is not None}, codes={str(self.codes.dtype).removeprefix('torch.')}"

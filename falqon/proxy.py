@@ -114,9 +114,7 @@ class ProxyUpdate:
         ]
         self._collect(counts, [])
 
-    def _write(
-        self, layer: MeldedLinear, rows: Tensor, number: int, index: int
-    ) -> RowUpdateCounts:
+    def _write(self, layer: MeldedLinear, rows: Tensor, number: int, index: int) -> RowUpdateCounts:
         key = (self.recipe.seed, number, index)
         counts: RowUpdateCounts = self.row_update(
             layer.codes, layer.scale, rows, layer.B[rows], key
@@ -127,7 +125,10 @@ class ProxyUpdate:
     def _collect(self, counts: list[RowUpdateCounts], lost: list[Tensor]) -> None:
         if not counts:
             return
-        columns = [torch.stack([value.double() for value in column]) for column in zip(*counts, strict=True)]
+        columns = [
+            torch.stack([value.double() for value in column])
+            for column in zip(*counts, strict=True)
+        ]
         sums = torch.stack([column.sum() for column in columns])
         lost_sum = torch.stack(lost).sum() if lost else sums.new_zeros(())
         self._counts = [*sums, lost_sum]

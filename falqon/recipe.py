@@ -22,7 +22,9 @@ Rounding = Literal["nearest", "stochastic"]
 
 def _one_of(owner: str, key: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
-        raise InputError(f"{owner}.{key} is {value!r}; choose one of {', '.join(map(str, choices))}.")
+        raise InputError(
+            f"{owner}.{key} is {value!r}; choose one of {', '.join(map(str, choices))}."
+        )
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,8 @@ class Fp8Recipe:
         ):
             raise InputError(
                 f"{name}.scaling 'delayed' keeps one amax a tensor and step: set activations and "
-                "gradients to 'per_tensor', or scaling to 'dynamic' (per-token scales need only one "
-                "pass anyway)."
+                "gradients to 'per_tensor', or scaling to 'dynamic' (per-token scales need only "
+                "one pass anyway)."
             )
 
 
@@ -114,7 +116,8 @@ def fp8_recipe(recipe: str | Mapping[str, Any] | Fp8Recipe) -> Fp8Recipe:
         for key in changes:
             if key not in known:
                 raise InputError(
-                    f"unknown key {key!r} in the FP8 recipe; it has base, {', '.join(sorted(known))}."
+                    f"unknown key {key!r} in the FP8 recipe; it has base, "
+                    f"{', '.join(sorted(known))}."
                 )
         return replace(base, **changes)
     if recipe not in RECIPES:
@@ -188,7 +191,8 @@ class UpdateRecipe:
         name = type(self).__name__
         _one_of(name, "unselected", self.unselected, ("keep", "clear"))
         _one_of(name, "rounding", self.rounding, get_args(Rounding))
-        rows, help_text = self.rows, "use a whole number of at least 1, 'rank', 'all', or a fraction"
+        rows = self.rows
+        help_text = "use a whole number of at least 1, 'rank', 'all', or a fraction"
         if isinstance(rows, str):
             _one_of(name, "rows", rows, ("rank", "all"))
         elif (
@@ -225,7 +229,9 @@ PRESETS: dict[str, UpdateRecipe] = {
 what the paper's published code does, r rows are written and all of B is cleared."""
 
 
-def update_recipe(preset: str, rows: int | float | str | None = None, **changes: Any) -> UpdateRecipe:
+def update_recipe(
+    preset: str, rows: int | float | str | None = None, **changes: Any
+) -> UpdateRecipe:
     """A named update policy, with its number of rows and other fields changed where given.
 
     Raises:

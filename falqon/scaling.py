@@ -41,7 +41,9 @@ class DelayedScaling:
         if not self.quantizers:
             return
         modules = list(self.quantizers.values())
-        device = next((m.observed_amax.device for m in modules if m.observed_amax is not None), None)
+        device = next(
+            (m.observed_amax.device for m in modules if m.observed_amax is not None), None
+        )
         if device is None and self.history is None:
             return
         nothing = torch.zeros(1, device=device)
@@ -64,9 +66,7 @@ class DelayedScaling:
         largest = self.history.amax(dim=1, keepdim=True)
         known = (largest > 0).flatten().tolist()  # one wait for the device, not one a quantiser
         for module, amax, seen in zip(self.quantizers.values(), largest, known, strict=True):
-            module.scale = (
-                compute_scale(amax, module.fmt, module.scale_rounding) if seen else None
-            )
+            module.scale = compute_scale(amax, module.fmt, module.scale_rounding) if seen else None
 
     def statistics(self) -> dict[str, float]:
         """`scale_<format>` (geometric mean) and `overflowed` (values beyond a stale scale so far).

@@ -61,6 +61,16 @@ class FalqonCLI(LightningCLI):
         parser.add_class_arguments(WandbSettings, "wandb")
         parser.link_arguments("model.init_args.model_name", "data.init_args.tokenizer_name")
 
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        # Not a choice: checkpoints are never unpickled.
+        return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
+
+    @override
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+
     @override
     def _parse_ckpt_path(self) -> None:
         """Check a checkpoint instead of letting its hyperparameters replace what was given."""

@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
+# Positions whose logits are in float32 at a time; in the backward pass they are computed again, so
+# that of all positions only the model's own 16-bit logits stay.
+_CHUNK = 512
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -43,7 +47,13 @@ def supervised_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Te
         logits = model(**inputs, use_cache=False).logits
     finally:
         hook.remove()
-    loss = functional.cross_entropy(
-        logits[0].float(), targets[mask], ignore_index=-100, reduction="sum"
-    )
-    return loss, count
+    parts = zip(logits[0].split(_CHUNK), targets[mask].split(_CHUNK), strict=True)
+    losses = [
+        checkpoint(_summed_cross_entropy, part, target, use_reentrant=False)
+        for part, target in parts
+    ]
+    return torch.stack(losses).sum(), count
+
+
+def _summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")

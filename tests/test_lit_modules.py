@@ -26,7 +26,11 @@ def some_batch(vocabulary: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
-def test_loss_and_gradient_are_those_of_all_logits(tiny_llama: LlamaForCausalLM) -> None:
+@pytest.mark.parametrize("chunk", [512, 4])
+def test_loss_and_gradient_are_those_of_all_logits(
+    tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr("lit_modules.loss._CHUNK", chunk)
     model, plain = copy.deepcopy(tiny_llama), copy.deepcopy(tiny_llama)
     batch = some_batch(model.config.vocab_size)
     loss, count = supervised_loss(model, batch)

@@ -56,9 +56,8 @@ class BackboneMatmul(nn.Module):
         self, grad: Tensor, grad_scale: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype
     ) -> Tensor:
         """See `backbone_matmul`."""
-        return backbone_matmul(
-            grad, grad_scale, codes, scale, self.rank, dtype, self.power_of_two
-        )
+        return backbone_matmul(grad, grad_scale, codes, scale, self.rank, dtype, self.power_of_two)
 
     def extra_repr(self) -> str:
+        """What `repr` shows in the brackets."""
         return f"rank={self.rank}, power_of_two={self.power_of_two}"

@@ -70,9 +70,8 @@ class MeldedMatmul(nn.Module):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         """See `melded_matmul`."""
-        return melded_matmul(
-            x, x_scale, codes, scale, bias, self.rank, dtype, self.power_of_two
-        )
+        return melded_matmul(x, x_scale, codes, scale, bias, self.rank, dtype, self.power_of_two)
 
     def extra_repr(self) -> str:
+        """What `repr` shows in the brackets."""
         return f"rank={self.rank}, power_of_two={self.power_of_two}"

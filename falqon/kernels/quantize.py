@@ -71,8 +71,11 @@ class Quantize(nn.Module):
             self.overflowed = self.overflowed + count
 
     def extra_repr(self) -> str:
+        """What `repr` shows in the brackets."""
         scaling = "delayed" if self.delayed else "dynamic"
-        return f"{self.fmt.name}, {self.granularity}, {scaling}, scale_rounding={self.scale_rounding}"
+        return (
+            f"{self.fmt.name}, {self.granularity}, {scaling}, scale_rounding={self.scale_rounding}"
+        )
 
 
 class PassThrough(nn.Module):

@@ -118,4 +118,5 @@ class RowUpdate(nn.Module):
         return row_update(codes, scale, rows, proxy, self.rounding, counter)
 
     def extra_repr(self) -> str:
+        """What `repr` shows in the brackets."""
         return f"rounding={self.rounding}"

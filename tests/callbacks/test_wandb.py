@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import wandb
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from wandb.proto import wandb_internal_pb2
 
 from falqon.callbacks import WandbSettings, make_wandb_logger
 from falqon.callbacks.wandb_logger import ID_FILE
 from falqon.errors import InputError
-
-# The module picks its generated code by protobuf's version, out of the type checker's sight.
-Record: Any = vars(wandb_internal_pb2)["Record"]
+from tests.wandb_file import records
 
 
 @pytest.fixture(autouse=True)
@@ -36,26 +31,6 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def mode_of(settings: WandbSettings, save_dir: Path) -> str:
     logger = make_wandb_logger(settings, save_dir, resume=False)
     return "disabled" if logger is None else logger._wandb_init["mode"]
-
-
-def records(directory: Path) -> Iterator[Any]:
-    """Records of a .wandb file: LevelDB's log framing around wandb's protobuf."""
-    (file,) = directory.glob("*.wandb")
-    data = file.read_bytes()
-    place, parts = 7, b""  # a file header of 7 bytes, then blocks of 32 KiB
-    while place + 7 <= len(data):
-        room = 32768 - place % 32768
-        if room < 7:
-            place += room
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, place)
-        parts += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last part of one
-            record = Record()
-            record.ParseFromString(parts)
-            yield record
-            parts = b""
 
 
 def logged(directory: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,399 @@
+"""Melding: codes and adapter of one weight, the randomised SVD, and the walk over a model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from falqon.errors import InputError
+from falqon.fp8 import E4M3, decode, dequantize, quantize
+from falqon.linear import MeldedLinear
+from falqon.meld import meld, meld_linear, meld_weight, melded_layers, truncated_svd
+from falqon.recipe import RECIPES, Fp8Recipe, MeldRecipe, ScaleRounding
+
+FP8 = Fp8Recipe()
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def heavy_tailed(*shape: int, seed: int = 0) -> Tensor:
+    """Student's t with 3 degrees of freedom: outliers of some hundred standard deviations."""
+    normal = random(*shape, seed=seed)
+    chi_square = torch.stack([random(*shape, seed=seed + i + 1) for i in range(3)]).square().sum(0)
+    return 0.02 * normal / (chi_square / 3).sqrt()
+
+
+def error_of(weight: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return weight.double() - decode(codes[: len(weight)], E4M3).double() / scale.double()
+
+
+# -- one weight ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rounding", ["power_of_two", "none"])
+@pytest.mark.parametrize("shape", [(48, 64), (64, 48), (17, 33), (5, 129), (1, 40), (40, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_are_the_weight_and_the_adapter_of_its_error(
+    rounding: ScaleRounding, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    weight, rank = random(*shape).to(dtype), 4
+    fp8 = Fp8Recipe(weight_scale_rounding=rounding)
+    codes, scale, captured = meld_weight(weight, fp8, MeldRecipe(rank=rank))
+    assert (codes.shape, codes.dtype) == ((shape[0] + rank, shape[1]), torch.uint8)
+    expected, its_scale = quantize(weight, E4M3, rounding=rounding)
+    assert torch.equal(scale, its_scale)
+    assert torch.equal(codes[: shape[0]], expected)  # W comes first: its own codes, bit for bit
+
+    _, values, right = torch.linalg.svd(error_of(weight, codes, scale), full_matrices=False)
+    known = min(rank, shape[0])
+    adapter = values[:known].sqrt()[:, None] * right[:known]
+    result = dequantize(codes[shape[0] :], scale, E4M3).double()
+    # A is in E4M3 with the scale of W: half a step of its binade, or of a subnormal, off; singular
+    # vectors have either sign.
+    sign = (result[:known] * adapter).sum(1, keepdim=True).sign()
+    half_step = torch.maximum(adapter.abs() * 2**-4, 2**-10 / scale.double())
+    # Float32 singular vectors of white noise are not more exact than this.
+    assert ((sign * result[:known] - adapter).abs() <= half_step + 1e-4 * adapter.abs().max()).all()
+    assert (result[known:] == 0).all()  # ranks that the error does not have
+    share = values[:known].square().sum() / values.square().sum()
+    assert captured == pytest.approx(float(share), rel=1e-2)  # see the energy test below
+
+
+@pytest.mark.parametrize("tails", [random, heavy_tailed])
+@pytest.mark.parametrize("shape", [(576, 1536), (1536, 576), (512, 512)])
+def test_randomised_svd_captures_the_energy_of_the_full_one(
+    tails: Callable[..., Tensor], shape: tuple[int, int]
+) -> None:
+    weight = tails(*shape)
+    codes, scale = quantize(weight, E4M3)
+    error = weight - dequantize(codes, scale, E4M3)
+    recipe = MeldRecipe(rank=64)
+    values, right = truncated_svd(error, recipe, 0)
+    full = float(torch.linalg.svdvals(error)[:64].square().sum())
+    assert float(values.square().sum()) == pytest.approx(full, rel=0.01)
+    # The vectors hold that energy too, and are orthonormal to float32.
+    assert float((error @ right.t()).square().sum()) == pytest.approx(full, rel=0.01)
+    torch.testing.assert_close(right @ right.t(), torch.eye(64), rtol=0, atol=1e-5)
+
+
+def test_full_svd_is_exact() -> None:
+    error = random(150, 200)
+    values, right = truncated_svd(error, MeldRecipe(rank=8, svd="full"), 0)
+    expected = torch.linalg.svdvals(error.double())[:8]
+    torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close((error @ right.t()).norm(dim=0), values, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-6, 1e-8])
+def test_adapter_larger_than_the_weight_shares_a_scale_that_fits(size: float) -> None:
+    weight = size * random(96, 64)
+    codes, scale, _ = meld_weight(weight, FP8, MeldRecipe(rank=8))
+    _, own_scale = quantize(weight, E4M3)
+    assert scale < own_scale
+    _, values, right = torch.linalg.svd(error_of(weight, codes, scale), full_matrices=False)
+    adapter = values[:8].sqrt()[:, None] * right[:8]
+    assert adapter.abs().amax() * scale <= 448
+    assert ((codes[96:] & 0x7F) < 0x7E).all()
+    # The weight keeps its precision: .0266 is what E4M3 costs normal numbers.
+    assert error_of(weight, codes, scale).norm() / weight.double().norm() < 0.028
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (1, 12), (12, 1)])
+def test_zero_weight(shape: tuple[int, int]) -> None:
+    codes, scale, captured = meld_weight(torch.zeros(shape), FP8, MeldRecipe(rank=1))
+    assert not codes.any()
+    assert scale.tolist() == [1.0]
+    assert captured == 1.0
+
+
+def test_weight_that_is_exact_in_fp8_has_a_zero_adapter() -> None:
+    codes, _, captured = meld_weight(2 * random(6, 8).sign(), FP8, MeldRecipe(rank=2))
+    assert not codes[6:].any()
+    assert captured == 1.0
+
+
+def test_without_rounding_the_weight_stays_and_the_adapter_is_the_same() -> None:
+    weight = random(48, 64)
+    exact, one, captured = meld_weight(weight, RECIPES["none"], MeldRecipe(rank=4))
+    codes, scale, same = meld_weight(weight, FP8, MeldRecipe(rank=4))
+    assert (exact.dtype, one.tolist(), captured) == (torch.float32, [1.0], same)
+    assert torch.equal(exact[:48], weight)
+    requantised, _ = quantize(exact[48:], E4M3, scale=scale)
+    assert torch.equal(requantised, codes[48:])
+
+
+def test_same_seed_same_bits_and_no_random_state_touched() -> None:
+    weight = random(200, 240)
+
+    linear = nn.Linear(240, 200)
+    linear.weight.data = weight
+
+    def codes(seed: int, name: str = "a") -> Tensor:
+        return meld_linear(linear, FP8, MeldRecipe(rank=8, seed=seed), name=name)[0].codes
+
+    torch.manual_seed(5)
+    first = codes(0)
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    second = codes(0)
+    meld_weight(weight, FP8, MeldRecipe(rank=8))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, second)
+    assert torch.equal(first[:200], codes(1)[:200])
+    assert not torch.equal(first, codes(1))  # the sketch depends on the seed
+    assert not torch.equal(first, codes(0, "b"))  # and on the layer
+
+
+def test_random_state_survives_a_failing_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no convergence")
+
+    monkeypatch.setattr(torch, "svd_lowrank", fail)
+    state = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="no convergence"):
+        truncated_svd(random(200, 200), MeldRecipe(rank=8), 3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# -- one layer ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_meld_linear_keeps_shape_bias_and_mode(bias: bool, dtype: torch.dtype) -> None:
+    linear = nn.Linear(33, 17, bias=bias, dtype=dtype).eval()
+    before = linear.weight.detach().clone()
+    layer, captured = meld_linear(linear, recipe=MeldRecipe(rank=4))
+    assert (layer.in_features, layer.out_features, layer.rank) == (33, 17, 4)
+    assert not layer.training
+    assert torch.equal(linear.weight, before)
+    assert 0 < captured < 1
+    if layer.bias is None:
+        assert not bias
+    else:
+        assert torch.equal(layer.bias, linear.bias)
+        assert (layer.bias.dtype, layer.bias.requires_grad) == (dtype, False)
+    assert layer(random(2, 33).to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_damaged_weight_is_refused_by_name(bad: float) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)))
+    model[1][0].weight.data[3, 3] = bad
+    with pytest.raises(InputError, match=r"1\.0\.weight holds NaN or infinity"):
+        meld(model, recipe=MeldRecipe(rank=2))
+
+
+def test_weight_without_data_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match=r"0\.weight has no data"):
+        meld(nn.Sequential(nn.Linear(8, 8, device="meta")), recipe=MeldRecipe(rank=2))
+
+
+# -- a model ------------------------------------------------------------------------------------
+
+
+class Scaled(nn.Linear):
+    pass
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.inner = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.ModuleList([nn.Linear(12, 8)]))
+        self.special = Scaled(8, 8)
+        self.B = nn.Parameter(torch.ones(3))  # no proxy buffer, though called like one
+        self.shared = nn.Linear(8, 8)
+        self.again = self.shared
+        self.lm_head = nn.Linear(8, 20, bias=False)
+
+
+def test_walk_and_report() -> None:
+    model = Head()
+    model.lm_head.weight = model.embed.weight
+    report = meld(model, FP8, MeldRecipe(rank=2))
+    assert list(report.converted) == ["inner.0", "inner.2.0"]
+    assert report.skipped == {
+        "special": "a Scaled, not a plain nn.Linear",
+        "shared": "its weight is tied to again.weight",
+        "lm_head": "excluded by '*lm_head'",
+    }
+    assert list(melded_layers(model)) == ["inner.0", "inner.2.0"]
+    info = report.converted["inner.0"]
+    assert (info.out_features, info.in_features) == (12, 8)
+    assert 0 < info.captured < 1
+    assert report.bytes_before == 2 * 8 * 12 * 4
+    assert report.bytes_after == (12 + 2) * 8 + (8 + 2) * 12 + 2 * 4
+    text = str(report)
+    assert "melded 2 linear layers" in text
+    assert "left alone: special (a Scaled, not a plain nn.Linear)" in text
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained == ["inner.0.B", "inner.2.0.B"]
+
+
+def test_tied_head_is_skipped_even_if_not_excluded() -> None:
+    model = Head()
+    model.lm_head.weight = model.embed.weight
+    report = meld(model, FP8, MeldRecipe(rank=2, exclude=()))
+    assert report.skipped["lm_head"] == "its weight is tied to embed.weight"
+    assert model.lm_head.weight is model.embed.weight
+
+
+def test_untied_head_melds_if_not_excluded() -> None:
+    assert "lm_head" in meld(Head(), FP8, MeldRecipe(rank=2, exclude=())).converted
+
+
+@pytest.mark.parametrize(("exclude", "melds"), [(("*lm_head",), False), ((), True)])
+def test_output_embedding_of_another_name(exclude: tuple[str, ...], melds: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.embed_out = nn.Linear(8, 8), nn.Linear(8, 20)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.embed_out
+
+    report = meld(Model(), FP8, MeldRecipe(rank=2, exclude=exclude))
+    assert ("embed_out" in report.converted) == melds
+    assert report.skipped == ({} if melds else {"embed_out": "the output embedding"})
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "expected"),
+    [
+        (("inner.*",), (), ["inner.0", "inner.2.0"]),
+        (("*",), ("inner.2.*", "*head"), ["inner.0"]),
+        (("*.0",), ("inner.2.0",), ["inner.0"]),
+        (("lm_head", "inner.0"), (), ["inner.0", "lm_head"]),
+    ],
+)
+def test_patterns(include: tuple[str, ...], exclude: tuple[str, ...], expected: list[str]) -> None:
+    report = meld(Head(), FP8, MeldRecipe(rank=2, include=include, exclude=exclude))
+    assert list(report.converted) == expected
+
+
+def test_nothing_to_meld() -> None:
+    with pytest.raises(InputError, match=r"no layer of Embedding can be melded .*no nn\.Linear"):
+        meld(nn.Embedding(3, 4))
+    with pytest.raises(InputError, match=r"inner\.0: not included"):
+        meld(Head(), recipe=MeldRecipe(rank=2, include=("nowhere*",)))
+
+
+def test_second_call_changes_nothing() -> None:
+    model = Head()
+    meld(model, FP8, MeldRecipe(rank=2))
+    layers = melded_layers(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    report = meld(model, FP8, MeldRecipe(rank=2))
+    assert not report.converted
+    assert str(report) == "melded: nothing"
+    assert melded_layers(model) == layers  # the same objects
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_too_large_a_rank_is_refused_before_anything_changes() -> None:
+    model = nn.Sequential(nn.Linear(32, 4), nn.Linear(4, 32))
+    with pytest.raises(InputError, match="rank 8 is larger than the 4 input features of 1; use at"):
+        meld(model, FP8, MeldRecipe(rank=8))
+    assert not melded_layers(model)
+    assert all(p.requires_grad for p in model.parameters())
+    report = meld(model, FP8, MeldRecipe(rank=8, exclude=("1",)))
+    assert list(report.converted) == ["0"]  # 4 rows, rank 8: the last rows of A are zero
+    assert not model[0].codes[8:].any()
+
+
+def test_one_layer_of_original_weights_is_alive_at_a_time() -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(5))).bfloat16()
+    originals = {str(i): weakref.ref(layer.weight) for i, layer in enumerate(model)}
+    alive: list[list[str]] = []
+    seen: list[tuple[str, int, int]] = []
+
+    def progress(name: str, number: int, count: int) -> None:
+        seen.append((name, number, count))
+        alive.append([n for n, weight in originals.items() if weight() is not None])
+        weights = sum(p.nbytes for n, p in model.named_parameters() if n.endswith("weight"))
+        codes = sum(p.nbytes for n, p in model.named_parameters() if n.endswith("codes"))
+        assert weights == (5 - number) * 64 * 64 * 2
+        assert codes == number * (64 + 4) * 64
+
+    meld(model, FP8, MeldRecipe(rank=4), progress=progress)
+    assert seen == [(str(i), i + 1, 5) for i in range(5)]
+    # No garbage collection: an original is gone the moment its layer is melded.
+    assert alive == [[str(i) for i in range(number, 5)] for number in range(1, 6)]
+
+
+# -- architectures ------------------------------------------------------------------------------
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+ARCHITECTURES: dict[str, tuple[Callable[[], PreTrainedModel], int, dict[str, str]]] = {
+    "llama": (
+        lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=1)),
+        14,
+        {"lm_head": "excluded by '*lm_head'"},
+    ),
+    "qwen2 with bias, tied": (
+        lambda: Qwen2ForCausalLM(
+            Qwen2Config(**SMALL, num_key_value_heads=1, tie_word_embeddings=True)
+        ),
+        14,
+        {"lm_head": "excluded by '*lm_head'"},
+    ),
+    "gpt_neox with fused q, k, v and bias": (
+        lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL)),
+        8,
+        {"lm_head": "excluded by '*lm_head'"},
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_architectures_meld_run_and_train(architecture: str, dtype: torch.dtype) -> None:
+    make, layers, skipped = ARCHITECTURES[architecture]
+    torch.manual_seed(0)
+    model = make().to(dtype).eval()
+    tokens = torch.arange(24).view(2, 12) % 64
+    with torch.no_grad():
+        before = model(tokens).logits.float()
+    report = meld(model, FP8, MeldRecipe(rank=4))
+    assert len(report.converted) == layers == len(melded_layers(model))
+    assert report.skipped == skipped
+    output = model(tokens, labels=tokens)
+    difference = (output.logits.float() - before).norm() / before.norm()
+    # One FP8 layer is off by .0376 (28.5 dB); the residual stream carries the rest unharmed, so a
+    # model of two blocks stays within a few times that. A wrong scale or a swapped layer does not.
+    assert 0 < difference < 0.1
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == name.endswith(".B")
+        if parameter.grad is not None:
+            assert parameter.grad.any(), name
+
+
+def test_model_may_be_melded_with_another_device_and_recipe() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    meld(model, RECIPES["none"], MeldRecipe(rank=2), device="cpu")
+    assert isinstance(model[0], MeldedLinear)
+    assert model[0].recipe.emulate == "none"
