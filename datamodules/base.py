@@ -247,8 +247,8 @@ class InstructionDataModule(LightningDataModule, ABC):
             return
         if trainer._accelerator_connector.use_distributed_sampler:
             raise InputError(
-                "trainer.use_distributed_sampler is true, but this data module gives every rank its "
-                "own rows; set trainer.use_distributed_sampler: false."
+                "trainer.use_distributed_sampler is true, but this data module gives every rank "
+                "its own rows; set trainer.use_distributed_sampler: false."
             )
 
     def _replicas(self) -> tuple[int, int]:

@@ -75,7 +75,7 @@ class PadCollator:
 class PackCollator:
     """Several examples a row, told apart by position_ids that restart at 0.
 
-    There is no attention_mask: without one, transformers builds a causal mask that is block-diagonal
+    There is no attention_mask: without one, transformers builds a causal mask, block-diagonal
     over the documents from position_ids, as long as no cache is used (`use_cache=False`) and the
     attention is sdpa, eager or flex. Its flash attention looks at position_ids only in batches of
     one row. The padding at the end of a row is a document of its own.

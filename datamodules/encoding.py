@@ -258,7 +258,7 @@ class Encoder:
         return prompts
 
     def _documents(self, rendered: Sequence[Rendered]) -> Iterator[tuple[Document | None, bool]]:
-        """One document for each text, None if nothing in it is supervised, and whether it was cut."""
+        """A document for each text, None if nothing in it is supervised; whether it was cut."""
         texts = [item.text for item in rendered]
         cuts = [[start for start, _ in item.spans] for item in rendered]
         for item, (tokens, ends) in zip(rendered, self._tokenize(texts, cuts), strict=True):
@@ -308,7 +308,7 @@ class Encoder:
     def _bos_count(self, tokens: npt.NDArray[np.int32]) -> int:
         """1 if the first token is a BOS, also one written by a chat template.
 
-        A "BOS" that comes again is the header of a turn (ChatML's `<|im_start|>`), not worth keeping.
+        A "BOS" that comes again heads a turn (ChatML's `<|im_start|>`), not worth keeping.
         """
         found = tokens == self.tokenizer.bos_token_id
         return int(bool(found[:1].any()) and int(found.sum()) == 1)

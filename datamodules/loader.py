@@ -19,7 +19,7 @@ class ResumableLoader(DataLoader[Any]):
     """Training batches whose position is part of a checkpoint.
 
     Lightning takes `state_dict` when it saves, after the batches trained on so far were fetched and
-    no more, and calls `load_state_dict` before the first batch of a resumed run. Batches are counted
+    no more, and calls `load_state_dict` before the first batch of a resumed run. Batches count
     where they are handed out, so those that workers prepared ahead do not count. The length stays
     that of the whole epoch. The epoch is the sampler's: without `set_epoch` it does not change.
 
@@ -96,8 +96,8 @@ class ResumableLoader(DataLoader[Any]):
         if differing:
             raise InputError(
                 "the checkpoint stopped within training data that differs from the data here: "
-                f"{', '.join(differing)}. Resume with the data settings of the checkpoint, or start "
-                "a new run."
+                f"{', '.join(differing)}. Resume with the data settings of the checkpoint, or "
+                "start a new run."
             )
         self._position = (int(state_dict["epoch"]), int(state_dict["batches"]))
         self._resumed = True

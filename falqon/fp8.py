@@ -137,11 +137,9 @@ def encode_stochastic(x: Tensor, fmt: Format, random_bits: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def _pair_table(fmt: Format, dtype: torch.dtype) -> Tensor:
     """Two-byte lookup: entry i holds the bf16 values of codes i & 255 and i >> 8, as one int32."""
-    with torch.inference_mode(False):  # kept for training, even if first needed in validation
-        codes = torch.arange(256, dtype=torch.uint8).view(fmt.dtype).to(dtype)
-        pairs = torch.arange(1 << 16)
-        both = torch.stack([codes[pairs & 255], codes[pairs >> 8]], dim=1)
-        return both.view(torch.int32).flatten()
+    codes = torch.arange(256, dtype=torch.uint8).view(fmt.dtype).to(dtype)
+    pairs = torch.arange(1 << 16)
+    return torch.stack([codes[pairs & 255], codes[pairs >> 8]], dim=1).view(torch.int32).flatten()
 
 
 def decode(codes: Tensor, fmt: Format, dtype: torch.dtype = torch.float32) -> Tensor:

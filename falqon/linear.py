@@ -138,7 +138,9 @@ class MeldedLinear(nn.Module):
                 f"(input shape {tuple(x.shape)})"
             )
         rows = x.reshape(-1, self.in_features)
-        out = _MeldedFunction.apply(rows, self.codes, self.scale, self.B, self.bias, self)
+        # Autocast would turn float32 operands into 16-bit ones; the input's dtype decides here.
+        with torch.autocast(x.device.type, enabled=False):
+            out = _MeldedFunction.apply(rows, self.codes, self.scale, self.B, self.bias, self)
         return out.view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()

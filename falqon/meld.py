@@ -65,7 +65,7 @@ def truncated_svd(matrix: Tensor, recipe: MeldRecipe, seed: int) -> tuple[Tensor
 
     The randomised method (Halko, Martinsson, Tropp, arXiv:0909.4061) sketches the row space with
     `rank + oversampling` random columns and sharpens it with power iterations. A quantisation error
-    is close to white noise, for which a few iterations capture as much as the full SVD does.
+    is close to white noise, whose singular values fall slowly, hence more iterations than usual.
 
     Args:
         matrix: float32 [out, in].
@@ -216,9 +216,12 @@ def meld(
         What was converted, and what was not and why.
 
     Raises:
-        InputError: if no layer is left to meld, and as `meld_linear` does.
+        InputError: if no layer is left to meld, and as `meld_linear` does; layers before the one
+            at fault are melded by then.
     """
     fp8, recipe = fp8 or Fp8Recipe(), recipe or MeldRecipe()
+    if isinstance(model, (nn.Linear, MeldedLinear)):
+        raise InputError("a single layer cannot be replaced in place; use falqon.meld_linear.")
     report = MeldReport()
     targets = []
     for name, reason in _plan(model, recipe):
@@ -251,7 +254,7 @@ def meld(
 
 def _plan(model: nn.Module, recipe: MeldRecipe) -> Iterator[tuple[str, str | None]]:
     """Every linear layer's name with the reason to leave it alone, or None to meld it."""
-    heads = _output_embeddings(model) if "*lm_head" in recipe.exclude else set()
+    heads = set() if recipe.output_embedding else _output_embeddings(model)
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -262,12 +265,15 @@ def _plan(model: nn.Module, recipe: MeldRecipe) -> Iterator[tuple[str, str | Non
 
 
 def _output_embeddings(model: nn.Module) -> set[int]:
+    """Ids of the output embeddings: what Hugging Face models say, or modules named lm_head."""
     heads = set()
-    for module in model.modules():
+    for name, module in model.named_modules():
         getter = getattr(module, "get_output_embeddings", None)
         head = getter() if callable(getter) else None
         if head is not None:
             heads.add(id(head))
+        if name.rpartition(".")[2] == "lm_head":
+            heads.add(id(module))
     return heads
 
 
@@ -281,9 +287,9 @@ def _reason_to_skip(
         return "not included"
     if type(linear) is not nn.Linear:
         return f"a {type(linear).__name__}, not a plain nn.Linear"
-    if tied_to:
-        return f"its weight is tied to {tied_to[0]}"
-    return "the output embedding" if is_head else None
+    if is_head:
+        return "the output embedding"
+    return f"its weight is tied to {tied_to[0]}" if tied_to else None
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

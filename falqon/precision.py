@@ -1,4 +1,4 @@
-"""FalqonPrecision: the Lightning plugin that melds a model, trains it and writes its FP8 weights."""
+"""FalqonPrecision: the Lightning plugin that melds a model and writes its FP8 weights."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ class FalqonPrecision(Precision):
             differ from the one named `base`.
         rounding: of the written codes, `nearest` or `stochastic`.
         include: patterns of the linear layers to meld.
-        exclude: patterns of linear layers to leave in `dtype`.
+        exclude: patterns of linear layers to leave in `dtype`, beside the output embedding.
+        output_embedding: meld the output embedding (lm_head) as well.
         svd: `randomized` or `full`.
         dtype: of everything that is not melded. Norms and the loss compute in float32 inside.
         seed: of the randomised SVD and of stochastic rounding.
@@ -74,16 +75,20 @@ class FalqonPrecision(Precision):
         rounding: Rounding = "nearest",
         include: list[str] | None = None,
         exclude: list[str] | None = None,
+        output_embedding: bool = False,
         svd: Literal["randomized", "full"] = "randomized",
         dtype: Literal["bf16", "fp32"] = "bf16",
         seed: int = 0,
     ) -> None:
         self.fp8 = fp8_recipe(recipe)
-        patterns = {
-            "include": MeldRecipe.include if include is None else tuple(include),
-            "exclude": MeldRecipe.exclude if exclude is None else tuple(exclude),
-        }
-        self.melding = MeldRecipe(rank=rank, svd=svd, seed=seed, **patterns)
+        self.melding = MeldRecipe(
+            rank=rank,
+            include=MeldRecipe.include if include is None else tuple(include),
+            exclude=MeldRecipe.exclude if exclude is None else tuple(exclude),
+            output_embedding=output_embedding,
+            svd=svd,
+            seed=seed,
+        )
         self.update = update_recipe(update, rows, rounding=rounding, seed=seed)
         if dtype not in ("bf16", "fp32"):
             raise InputError(f"dtype is {dtype!r}; choose bf16 or fp32.")
@@ -155,7 +160,8 @@ class FalqonPrecision(Precision):
                 "no optimizer, so it would never be trained: create the optimizer in "
                 "configure_optimizers, from the parameters that require a gradient."
                 if orphans
-                else "the model has no melded layer: call FalqonPrecision.convert in configure_model."
+                else "the model has no melded layer: call FalqonPrecision.convert in "
+                "configure_model."
             )
         return super().connect(model, optimizers, lr_schedulers)
 
@@ -171,7 +177,8 @@ class FalqonPrecision(Precision):
     ) -> Any:
         """Step the optimizer, then write what it changed in B into the FP8 codes."""
         result = super().optimizer_step(optimizer, model, closure, **kwargs)
-        assert self.proxy_update is not None and self.scaling is not None
+        assert self.proxy_update is not None
+        assert self.scaling is not None
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.proxy_update.step(self.steps, only=held)
         self.scaling.advance()
@@ -262,8 +269,8 @@ class FalqonPrecision(Precision):
         ]
         if differing:
             raise InputError(
-                f"{where} was made with another recipe: {'; '.join(differing)}. Give these settings "
-                "as the checkpoint has them, or start a new run without ckpt_path."
+                f"{where} was made with another recipe: {'; '.join(differing)}. Give these "
+                "settings as the checkpoint has them, or start a new run without ckpt_path."
             )
 
 
@@ -275,5 +282,3 @@ def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-

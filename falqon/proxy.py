@@ -123,6 +123,7 @@ class ProxyUpdate:
         return counts
 
     def _collect(self, counts: list[RowUpdateCounts], lost: list[Tensor]) -> None:
+        self._counts = []
         if not counts:
             return
         columns = [

@@ -38,7 +38,7 @@ class Fp8Recipe:
             (`per_tensor`, the paper's).
         gradients: the same for the gradient of the output.
         scaling: `dynamic` takes the amax of the tensor at hand. `delayed` takes the largest amax of
-            the last `amax_history` optimizer steps, so that quantising is one pass over the tensor;
+            the last `amax_history` optimizer steps, so that one pass over the tensor can quantise;
             it needs `per_tensor` scales.
         amax_history: length of the delayed history, in optimizer steps.
         weight_scale_rounding: `power_of_two` rounds the weight scale down to a power of two, which
@@ -132,7 +132,8 @@ class MeldRecipe:
     Attributes:
         rank: adapter rank r.
         include: shell-style patterns of full module names to meld.
-        exclude: patterns to leave alone. The output embedding (lm_head) is excluded by default.
+        exclude: patterns to leave alone.
+        output_embedding: meld the output embedding (lm_head) as well, if it is included.
         svd: `randomized` (Halko et al., arXiv:0909.4061) or `full`.
         oversampling: extra sketch columns of the randomised SVD.
         power_iterations: power iterations of the randomised SVD.
@@ -144,10 +145,11 @@ class MeldRecipe:
 
     rank: int = 64
     include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ("*lm_head",)
+    exclude: tuple[str, ...] = ()
+    output_embedding: bool = False
     svd: Literal["randomized", "full"] = "randomized"
     oversampling: int = 32
-    power_iterations: int = 12
+    power_iterations: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -172,7 +174,8 @@ class UpdateRecipe:
     Attributes:
         preset: the name it was made from, for logs and checkpoints.
         rows: rows written in each layer and step: a number, `rank` (as many as the rank), `all`,
-            or a fraction of the layer's rows in (0, 1). Layers with fewer rows write all of them.
+            or a fraction of the layer's rows in (0, 1), rounded up. Layers with fewer rows write
+            all of them.
         unselected: rows that were not selected `keep` accumulating, or are cleared (`clear`).
         rounding: of the written codes.
         seed: seed of stochastic rounding.

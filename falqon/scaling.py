@@ -1,4 +1,4 @@
-"""Delayed scaling: scales from the amax of past optimizer steps, so that quantising is one pass."""
+"""Delayed scaling: scales from the amax of past optimizer steps, so that one pass can quantise."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class DelayedScaling:
             if isinstance(module, Quantize) and module.delayed
         }
         self.length = length
+        self._like = next(model.parameters(), torch.zeros(0))  # says which device to work on
         self.history: Tensor | None = None  # [quantisers, steps], oldest first; 0: not seen
         self.overflowed: Tensor | None = None  # values beyond a stale scale so far, this rank
 
@@ -41,13 +42,9 @@ class DelayedScaling:
         if not self.quantizers:
             return
         modules = list(self.quantizers.values())
-        device = next(
-            (m.observed_amax.device for m in modules if m.observed_amax is not None), None
-        )
-        if device is None and self.history is None:
-            return
-        nothing = torch.zeros(1, device=device)
+        nothing = torch.zeros(1, device=self._like.device)
         seen = torch.cat([nothing if m.observed_amax is None else m.observed_amax for m in modules])
+        # Without a condition that one rank alone could meet: all of them have to get here.
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         counts = [m.overflowed for m in modules if m.overflowed is not None]
@@ -104,3 +101,6 @@ class DelayedScaling:
         self.history, self.overflowed = state["history"], state["overflowed"]
         if self.history is not None:
             self._set_scales()
+        else:
+            for module in self.quantizers.values():
+                module.scale = None

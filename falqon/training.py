@@ -49,9 +49,9 @@ class RunConfig(SaveConfigCallback):
 class FalqonCLI(LightningCLI):
     """LightningCLI with the run's files, loggers and report.
 
-    Beside `trainer`, `model` and `data` a configuration has `checkpoint` (`RunCheckpoint`), `report`
-    (`RunReport`) and `wandb` (`WandbSettings`). Interpolation (`${seed_everything}`) is resolved
-    once, after all files and flags.
+    Beside `trainer`, `model` and `data` a configuration has `checkpoint` (`RunCheckpoint`),
+    `report` (`RunReport`) and `wandb` (`WandbSettings`). Interpolation (`${seed_everything}`) is
+    resolved once, after all files and flags.
     """
 
     @override

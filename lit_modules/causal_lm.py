@@ -31,8 +31,8 @@ class LitCausalLM(LightningModule):
     The loss is the mean over supervised tokens of the whole optimizer step: over the batch,
     accumulated batches and devices alike, whatever their share of supervised tokens.
 
-    Logs `train/loss`, `grad_norm` (before clipping) and `lr` for every optimizer step, `val/loss` and
-    `val/perplexity`, `test/loss` and `test/perplexity`.
+    Logs `train/loss`, `grad_norm` (before clipping) and `lr` for every optimizer step, `val/loss`
+    and `val/perplexity`, `test/loss` and `test/perplexity`.
 
     Args:
         model_name: Where the model is: a hub id, a local directory, a GGUF file, or
@@ -297,7 +297,8 @@ class LitCausalLM(LightningModule):
         expected = {name: tuple(p.shape) for name, p in self.state_dict().items()}
         found = {name: tuple(p.shape) for name, p in checkpoint["state_dict"].items()}
         if expected != found:
-            name = next(n for n in sorted(expected.keys() | found.keys()) if expected.get(n) != found.get(n))
+            names = sorted(expected.keys() | found.keys())
+            name = next(n for n in names if expected.get(n) != found.get(n))
             raise InputError(
                 f"{where} belongs to another model than {self.model_name}: {name} has shape "
                 f"{found.get(name)} there and {expected.get(name)} here."

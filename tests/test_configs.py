@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
 
 from falqon import FalqonPrecision
@@ -35,15 +36,12 @@ def test_config_can_be_instantiated(path: Path, instantiate) -> None:
     assert isinstance(cli.trainer.precision_plugin, FalqonPrecision)
     assert cli.trainer.max_steps > 0
     assert cli.datamodule.tokenizer_name == cli.model.model_name
-    parameters = [p for p in (cli_parameter(),)]
-    optimizer = cli.model.optimizer(parameters)
+    optimizer = cli.model.optimizer([cli_parameter()])
     cli.model.lr_scheduler(optimizer)
     assert optimizer.param_groups[0]["lr"] > 0
 
 
-def cli_parameter():
-    import torch
-
+def cli_parameter() -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.zeros(1))
 
 

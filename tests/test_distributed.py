@@ -42,11 +42,18 @@ def train(tmp_path: Path) -> Callable[..., tuple[list[str], str]]:
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(config))
         environment = os.environ | {
-            "HASHES": str(root), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+            "HASHES": str(root),
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
         }
         result = subprocess.run(
             [sys.executable, str(script), "fit", "--config", str(path), *flags],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
         assert result.returncode == 0, result.stderr[-3000:]
         hashes = [(root / f"rank{rank}").read_text() for rank in (0, 1)]

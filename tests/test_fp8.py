@@ -349,7 +349,7 @@ def test_stochastic_rounding_picks_a_neighbour(fmt: Format) -> None:
     size = values.abs()
     assert ((size == low) | (size == high)).all()
     assert torch.equal(torch.signbit(values), torch.signbit(x))
-    assert (size == low).any() and (size == high).any()  # noqa: PT018
+    assert (size == low).any() and (size == high).any()
 
 
 @both_formats

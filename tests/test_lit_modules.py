@@ -43,9 +43,7 @@ def test_loss_and_gradient_are_those_of_all_logits(
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     loss.backward()
     expected.backward()
-    for (name, ours), theirs in zip(
-        model.named_parameters(), plain.parameters(), strict=True
-    ):
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=name)
     # Nothing is left behind on the model: the next forward gives all logits again.
     assert model(input_ids=batch["input_ids"]).logits.shape[:2] == (3, 10)

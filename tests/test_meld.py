@@ -232,7 +232,7 @@ def test_walk_and_report() -> None:
     assert report.skipped == {
         "special": "a Scaled, not a plain nn.Linear",
         "shared": "its weight is tied to again.weight",
-        "lm_head": "excluded by '*lm_head'",
+        "lm_head": "the output embedding",
     }
     assert list(melded_layers(model)) == ["inner.0", "inner.2.0"]
     info = report.converted["inner.0"]
@@ -247,20 +247,22 @@ def test_walk_and_report() -> None:
     assert trained == ["inner.0.B", "inner.2.0.B"]
 
 
-def test_tied_head_is_skipped_even_if_not_excluded() -> None:
+def test_tied_head_is_skipped_even_if_asked_for() -> None:
     model = Head()
     model.lm_head.weight = model.embed.weight
-    report = meld(model, FP8, MeldRecipe(rank=2, exclude=()))
+    report = meld(model, FP8, MeldRecipe(rank=2, output_embedding=True))
     assert report.skipped["lm_head"] == "its weight is tied to embed.weight"
     assert model.lm_head.weight is model.embed.weight
 
 
-def test_untied_head_melds_if_not_excluded() -> None:
-    assert "lm_head" in meld(Head(), FP8, MeldRecipe(rank=2, exclude=())).converted
+def test_untied_head_melds_if_asked_for() -> None:
+    assert "lm_head" in meld(Head(), FP8, MeldRecipe(rank=2, output_embedding=True)).converted
+    # Excluding something else does not bring it in.
+    assert "lm_head" not in meld(Head(), FP8, MeldRecipe(rank=2, exclude=("inner.0",))).converted
 
 
-@pytest.mark.parametrize(("exclude", "melds"), [(("*lm_head",), False), ((), True)])
-def test_output_embedding_of_another_name(exclude: tuple[str, ...], melds: bool) -> None:
+@pytest.mark.parametrize("melds", [False, True])
+def test_output_embedding_of_another_name(melds: bool) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -269,7 +271,7 @@ def test_output_embedding_of_another_name(exclude: tuple[str, ...], melds: bool)
         def get_output_embeddings(self) -> nn.Module:
             return self.embed_out
 
-    report = meld(Model(), FP8, MeldRecipe(rank=2, exclude=exclude))
+    report = meld(Model(), FP8, MeldRecipe(rank=2, output_embedding=melds))
     assert ("embed_out" in report.converted) == melds
     assert report.skipped == ({} if melds else {"embed_out": "the output embedding"})
 
@@ -284,7 +286,8 @@ def test_output_embedding_of_another_name(exclude: tuple[str, ...], melds: bool)
     ],
 )
 def test_patterns(include: tuple[str, ...], exclude: tuple[str, ...], expected: list[str]) -> None:
-    report = meld(Head(), FP8, MeldRecipe(rank=2, include=include, exclude=exclude))
+    recipe = MeldRecipe(rank=2, include=include, exclude=exclude, output_embedding=True)
+    report = meld(Head(), FP8, recipe)
     assert list(report.converted) == expected
 
 
@@ -293,6 +296,11 @@ def test_nothing_to_meld() -> None:
         meld(nn.Embedding(3, 4))
     with pytest.raises(InputError, match=r"inner\.0: not included"):
         meld(Head(), recipe=MeldRecipe(rank=2, include=("nowhere*",)))
+
+
+def test_a_bare_linear_is_refused() -> None:
+    with pytest.raises(InputError, match=r"falqon\.meld_linear"):
+        meld(nn.Linear(8, 8))
 
 
 def test_second_call_changes_nothing() -> None:
@@ -351,19 +359,19 @@ ARCHITECTURES: dict[str, tuple[Callable[[], PreTrainedModel], int, dict[str, str
     "llama": (
         lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=1)),
         14,
-        {"lm_head": "excluded by '*lm_head'"},
+        {"lm_head": "the output embedding"},
     ),
     "qwen2 with bias, tied": (
         lambda: Qwen2ForCausalLM(
             Qwen2Config(**SMALL, num_key_value_heads=1, tie_word_embeddings=True)
         ),
         14,
-        {"lm_head": "excluded by '*lm_head'"},
+        {"lm_head": "the output embedding"},
     ),
     "gpt_neox with fused q, k, v and bias": (
         lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL)),
         8,
-        {"lm_head": "excluded by '*lm_head'"},
+        {"lm_head": "the output embedding"},
     ),
 }
 

@@ -107,9 +107,15 @@ def batches(count: int = 6) -> DataLoader:
 def fit(module: Net, plugin: FalqonPrecision, **settings: Any) -> Trainer:
     settings = {"max_epochs": 1, "val_check_interval": 1.0, "num_sanity_val_steps": 0} | settings
     trainer = Trainer(
-        accelerator="cpu", devices=1, plugins=[plugin], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[Saver(module.events)], **settings,
+        accelerator="cpu",
+        devices=1,
+        plugins=[plugin],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Saver(module.events)],
+        **settings,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -192,8 +198,15 @@ def test_conversion_is_idempotent_and_keeps_the_parameter_map(tiny_llama: LlamaF
     golden["lm_head.weight"] = (bf16, False)
     for block in range(2):
         prefix = f"model.layers.{block}."
-        for linear in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
-                       "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
+        for linear in (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+        ):
             golden[f"{prefix}{linear}.codes"] = (uint8, False)
             golden[f"{prefix}{linear}.scale"] = (fp32, False)
             golden[f"{prefix}{linear}.B"] = (fp32, True)
@@ -248,9 +261,7 @@ def test_state_of_other_settings_is_refused_by_name() -> None:
 
 def test_recipe_as_fields_of_a_named_one() -> None:
     plugin = FalqonPrecision(recipe={"base": "paper", "scaling": "delayed", "amax_history": 4})
-    assert plugin.fp8 == Fp8Recipe(
-        "per_tensor", "per_tensor", "delayed", 4, "none", "none"
-    )
+    assert plugin.fp8 == Fp8Recipe("per_tensor", "per_tensor", "delayed", 4, "none", "none")
     with pytest.raises(InputError, match="unknown key 'activation'"):
         FalqonPrecision(recipe={"activation": "per_token"})
 

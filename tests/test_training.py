@@ -69,9 +69,7 @@ def test_a_run_leaves_what_is_promised(
         assert part in printed
 
 
-def test_ten_and_ten_steps_equal_twenty(
-    cli: Callable, tiny_run: Callable, tmp_path: Path
-) -> None:
+def test_ten_and_ten_steps_equal_twenty(cli: Callable, tiny_run: Callable, tmp_path: Path) -> None:
     # 10 batches an epoch, so step 7 lies inside an epoch and step 10 at its end.
     config = tiny_run()
     config["trainer"]["max_steps"] = 20
@@ -155,7 +153,12 @@ def test_accumulated_batches_equal_one_large_batch(
         root = set_root(config, tmp_path / f"accumulate{accumulate}")
         config["data"]["init_args"] |= {"batch_size": batch, "group_by_length": False}
         config["trainer"]["val_check_interval"] = 4 * accumulate
-        cli("fit", config, f"--trainer.accumulate_grad_batches={accumulate}", "--trainer.max_steps=4")
+        cli(
+            "fit",
+            config,
+            f"--trainer.accumulate_grad_batches={accumulate}",
+            "--trainer.max_steps=4",
+        )
         table = [r for r in rows(root) if r["train/loss"]]
         losses.append([float(r["train/loss"]) for r in table])
         norms.append([float(r["grad_norm"]) for r in table])
@@ -235,7 +238,9 @@ def test_wandb_gets_the_resolved_configuration_and_the_fp8_metrics(
     settings = {i.key: json.loads(i.value_json) for r in found for i in r.config.update}
     settings |= {i.key: json.loads(i.value_json) for r in found for i in r.run.config.update}
     assert settings["trainer"]["plugins"][0]["init_args"]["rank"] == 4
-    assert settings["model"]["init_args"]["lr_scheduler"]["class_path"] == "lit_modules.WarmupConstant"
+    assert (
+        settings["model"]["init_args"]["lr_scheduler"]["class_path"] == "lit_modules.WarmupConstant"
+    )
     names = {".".join(i.nested_key) or i.key for r in found for i in r.history.item}
     assert {"train/loss", "val/loss", "falqon/realised_ratio", "train/tokens_per_s"} <= names
 
@@ -253,7 +258,9 @@ def test_inspect_reads_a_checkpoint(
         assert part in printed
 
 
-def damaged_model(source: str, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> str:
+def damaged_model(
+    source: str, target: Path, change: Callable[[dict[str, torch.Tensor]], None]
+) -> str:
     shutil.copytree(source, target)
     weights = load_file(target / "model.safetensors")
     change(weights)
@@ -346,7 +353,9 @@ def test_nan_weights_and_pickles_are_refused(
         weights[name][3, 5] = float("nan")
 
     config = tiny_run()
-    config["model"]["init_args"]["model_name"] = damaged_model(tokenizer_dir, tmp_path / "nan", spoil)
+    config["model"]["init_args"]["model_name"] = damaged_model(
+        tokenizer_dir, tmp_path / "nan", spoil
+    )
     with pytest.raises(SystemExit):
         cli("fit", config)
     assert name in capsys.readouterr().err
@@ -389,14 +398,20 @@ def test_a_full_disk_leaves_the_old_checkpoint(tiny_run: Callable, tmp_path: Pat
     common = ["fit", "--config", str(path)]
     first = subprocess.run(
         [*command, "0", *common, "--trainer.max_steps=3"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert first.returncode == 0, first.stderr
     checkpoint = Path(config["trainer"]["default_root_dir"]) / "checkpoints" / "last.ckpt"
     before = checkpoint.read_bytes()
     second = subprocess.run(
         [*command, "65536", *common, "--ckpt_path=last"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert second.returncode == 2, second.stderr
     assert "last.ckpt" in second.stderr

@@ -127,7 +127,7 @@ class RunReport(Callback):
 
 
 def peak_memory() -> int:
-    """Largest memory use so far in bytes: of the CUDA device if there is one, else of the process."""
+    """Peak memory so far in bytes: of the CUDA device if there is one, else of the process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -57,7 +57,7 @@ class RunCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        # Here and not in on_train_end: a state saved after the loop has ended resumes one batch off.
+        # Here and not in on_train_end: a state saved after the loop ended resumes one batch off.
         if _is_final_step(trainer):
             self._save_final(trainer)
 

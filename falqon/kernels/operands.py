@@ -29,7 +29,7 @@ def scaled_matmul(
     """`(left @ right) / (left_scale * right_scale)` with float32 accumulation.
 
     Power-of-two scales are applied to the left operand, where they are exact in bfloat16; others to
-    the product, in float32.
+    the product, which a bfloat16 matmul has rounded once by then.
 
     Args:
         left: [T, m], decoded, in `compute_dtype(dtype)`; may be overwritten.

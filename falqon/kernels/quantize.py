@@ -14,7 +14,8 @@ class Quantize(nn.Module):
 
     With `delayed` the scale is the one that `falqon.scaling.DelayedScaling` last set (`None`: none
     yet, computed from the tensor at hand). While training, the module then notes the largest amax
-    it has seen and how many values lay beyond the scale; those saturate.
+    it has seen and how many values lay beyond the scale; those saturate. (A kernel can do all of it
+    in one pass; this reference does not. Activation checkpointing counts overflow twice.)
 
     Args:
         fmt: target format.
@@ -51,14 +52,15 @@ class Quantize(nn.Module):
         """
         if not self.delayed:
             return quantize(x, self.fmt, self.granularity, self.scale_rounding)
-        amax = amax_of(x, "per_tensor")
+        if self.scale is not None and self.scale.device != x.device:
+            self.scale = self.scale.to(x.device)
         scale = self.scale
-        if scale is None:
-            scale = compute_scale(amax, self.fmt, self.scale_rounding)
-        elif scale.device != x.device:
-            scale = self.scale = scale.to(x.device)
-        if self.training:
-            self._observe(x, amax, scale)
+        if self.training or scale is None:
+            amax = amax_of(x, "per_tensor")
+            if scale is None:
+                scale = compute_scale(amax, self.fmt, self.scale_rounding)
+            if self.training:
+                self._observe(x, amax, scale)
         return quantize(x, self.fmt, "per_tensor", self.scale_rounding, scale)
 
     def _observe(self, x: Tensor, amax: Tensor, scale: Tensor) -> None:
