@@ -1,7 +1,7 @@
 # make quickstart   install, then fine-tune SmolLM2-135M with FALQON on the sample data
 # make test         install, then run the test suite
 # make lint         ruff and mypy
-# make clean        remove the environment and the runs
+# make clean        remove the environment
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,7 +23,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

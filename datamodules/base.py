@@ -74,6 +74,8 @@ class InstructionDataModule(LightningDataModule, ABC):
         num_workers: Processes that make batches; with all tokens in memory 0 is seldom slower.
         print_sample: Number of training examples to print when training starts, with the
             supervised tokens marked.
+        tokenizer_revision: Branch, tag or commit of the tokenizer on the hub.
+        trust_remote_code: Run code that comes with the tokenizer. Only for sources you trust.
 
     Attributes:
         counts: For each split that is set up, how many examples were encoded, skipped and cut.
@@ -101,6 +103,8 @@ class InstructionDataModule(LightningDataModule, ABC):
         seed: int = 0,
         num_workers: int = 0,
         print_sample: int = 0,
+        tokenizer_revision: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         self.train_path = train_path
@@ -119,6 +123,8 @@ class InstructionDataModule(LightningDataModule, ABC):
         self.seed = seed
         self.num_workers = num_workers
         self.print_sample = print_sample
+        self.tokenizer_revision = tokenizer_revision
+        self.trust_remote_code = trust_remote_code
         self._check_numbers()
         self.counts: dict[SplitName, EncodingCounts] = {}
         self._tokenizer: Any = None
@@ -173,7 +179,11 @@ class InstructionDataModule(LightningDataModule, ABC):
         if self._tokenizer is None:
             from falqon.pretrained import load_tokenizer
 
-            self._tokenizer = load_tokenizer(self.tokenizer_name)
+            self._tokenizer = load_tokenizer(
+                self.tokenizer_name,
+                self.tokenizer_revision,
+                trust_remote_code=self.trust_remote_code,
+            )
         return self._tokenizer
 
     @property

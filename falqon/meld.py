@@ -252,6 +252,11 @@ def meld(
     return report
 
 
+def targets(model: nn.Module, recipe: MeldRecipe) -> list[str]:
+    """Full names of the linear layers that `meld` would convert."""
+    return [name for name, reason in _plan(model, recipe) if reason is None]
+
+
 def _plan(model: nn.Module, recipe: MeldRecipe) -> Iterator[tuple[str, str | None]]:
     """Every linear layer's name with the reason to leave it alone, or None to meld it."""
     heads = set() if recipe.output_embedding else _output_embeddings(model)

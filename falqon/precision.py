@@ -8,6 +8,7 @@ from typing import Any, Literal, TypedDict
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -127,18 +128,24 @@ class FalqonPrecision(Precision):
             device: where to meld each layer; the layer's own device if None.
             progress: see `falqon.meld.meld`.
         """
-        check_rows(module, self.update)
+        check_rows(module, self.update, self.melding)
         report = meld(module, self.fp8, self.melding, device=device, progress=progress)
         if self.report is None or report.converted:
             self.report = report
         layers = melded_layers(module)
         own = {id(p) for layer in layers.values() for p in (layer.codes, layer.scale, layer.B)}
-        for parameter in module.parameters():
+        for name, parameter in module.named_parameters():
             # Parameters only: buffers such as rotary frequencies keep their precision.
             if id(parameter) not in own and parameter.is_floating_point():
+                if report.converted and not torch.isfinite(parameter).all():
+                    raise InputError(
+                        f"{name} holds NaN or infinity; the checkpoint is damaged or was saved "
+                        "from a diverged run. Use another checkpoint."
+                    )
                 parameter.data = parameter.data.to(self.dtype)
         if list(layers.values()) != list(self.layers.values()):
             self.layers = layers
+            self.steps = 0
             self.proxy_update = ProxyUpdate(layers, self.update)
             self.scaling = DelayedScaling(module, self.fp8.amax_history)
         return module
@@ -164,6 +171,13 @@ class FalqonPrecision(Precision):
                 "configure_model."
             )
         return super().connect(model, optimizers, lr_schedulers)
+
+    @override
+    def convert_input(self, data: Any) -> Any:
+        """Floating-point tensors of a batch in `dtype`."""
+        return apply_to_collection(
+            data, torch.Tensor, lambda x: x.to(self.dtype) if x.is_floating_point() else x
+        )
 
     # -- training -----------------------------------------------------------------------------
 

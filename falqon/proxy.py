@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from falqon.errors import InputError
 from falqon.kernels import RowUpdate, RowUpdateCounts
 from falqon.linear import MeldedLinear
-from falqon.recipe import UpdateRecipe
+from falqon.meld import melded_layers, targets
+from falqon.recipe import MeldRecipe, UpdateRecipe
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,23 @@ def select_rows(proxy: Tensor, count: int) -> Tensor:
     return torch.sort(score, descending=True, stable=True).indices[:count]
 
 
-def check_rows(module: nn.Module, recipe: UpdateRecipe) -> None:
-    """Refuse a number of rows that no linear layer of a module has, melded or not.
+def check_rows(module: nn.Module, recipe: UpdateRecipe, melding: MeldRecipe) -> None:
+    """Refuse a number of rows that no layer has which is melded or going to be.
+
+    Args:
+        module: the model.
+        recipe: the policy.
+        melding: which layers are going to be melded.
 
     Raises:
         InputError: naming the largest number possible.
     """
-    linears = [m for m in module.modules() if isinstance(m, (nn.Linear, MeldedLinear))]
-    most = max((m.out_features for m in linears), default=0)
-    if linears and isinstance(recipe.rows, int) and recipe.rows > most:
+    sizes = [layer.out_features for layer in melded_layers(module).values()]
+    sizes += [module.get_submodule(name).out_features for name in targets(module, melding)]
+    if sizes and isinstance(recipe.rows, int) and recipe.rows > max(sizes):
         raise InputError(
-            f"rows is {recipe.rows}, but the model's largest linear layer has {most} rows; use at "
-            f"most {most}, 'rank', 'all' or a fraction."
+            f"rows is {recipe.rows}, but the largest melded layer has {max(sizes)} rows; use at "
+            f"most {max(sizes)}, 'rank', 'all' or a fraction."
         )
 
 

@@ -20,6 +20,7 @@ from falqon.callbacks.health import Fp8Metrics, Throughput
 from falqon.callbacks.predictions import PredictionFile
 from falqon.callbacks.report import RunReport
 from falqon.callbacks.run_checkpoint import RunCheckpoint
+from falqon.callbacks.run_dir import restore_archived_run
 from falqon.checkpoint import AtomicCheckpointIO, read_checkpoint
 from falqon.errors import InputError
 from falqon.precision import FalqonPrecision
@@ -35,13 +36,15 @@ class RunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        text = self.parser.dump(self.config, skip_none=False)
+        config = self.config.clone()
+        config.ckpt_path = None  # where this run went on; the next one from this file need not
+        text = self.parser.dump(config, skip_none=False)
         path = Path(trainer.default_root_dir) / "config.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".yaml.tmp")
         temporary.write_text(text)
         temporary.replace(path)
-        plain = self.config.as_dict() if hasattr(self.config, "as_dict") else dict(self.config)
+        plain = self.config.as_dict()
         for logger in trainer.loggers:
             logger.log_hyperparams(plain)
 
@@ -59,7 +62,12 @@ class FalqonCLI(LightningCLI):
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RunReport, "report")
         parser.add_class_arguments(WandbSettings, "wandb")
-        parser.link_arguments("model.init_args.model_name", "data.init_args.tokenizer_name")
+        for source, target in (
+            ("model_name", "tokenizer_name"),
+            ("revision", "tokenizer_revision"),
+            ("trust_remote_code", "trust_remote_code"),
+        ):
+            parser.link_arguments(f"model.init_args.{source}", f"data.init_args.{target}")
 
     @staticmethod
     @override
@@ -112,10 +120,10 @@ class FalqonCLI(LightningCLI):
             plugins.append(AtomicCheckpointIO())
         root = Path(config["default_root_dir"] or os.curdir)
         loggers = [x for x in _as_list(config["logger"]) if isinstance(x, Logger)]
-        step = self._resume_step(plugins)
-        if self.subcommand == "fit":
-            if step is None:
-                rank_zero_only(archive_previous_run)(root)
+        step = self._resume_step(plugins, root)
+        if self.subcommand == "fit" and not config["fast_dev_run"]:
+            if step is None and _holds_run(root):
+                self._archived = rank_zero_only(archive_previous_run)(root)
             csv = MetricsCSV(root)
             if step is not None:
                 csv.resume_at(step)
@@ -123,8 +131,22 @@ class FalqonCLI(LightningCLI):
             loggers = [csv, *loggers, *([wandb] if wandb is not None else [])]
         return super().instantiate_trainer(plugins=plugins, logger=loggers or False, **kwargs)
 
-    def _resume_step(self, plugins: list[Any]) -> int | None:
-        """Step of the checkpoint to resume from, after a look at whether it fits; None without."""
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        self._archived = getattr(self, "_archived", None)
+        root = Path(self.trainer.default_root_dir)
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            if self._archived is not None and not (root / "metrics.csv").exists():
+                restore_archived_run(root, self._archived)
+            raise
+
+    def _resume_step(self, plugins: list[Any], root: Path) -> int | None:
+        """Step at which this directory's run goes on, after a look at whether the checkpoint fits.
+
+        None for a fresh run, also for one that starts from another run's checkpoint.
+        """
         path = self._get(self.config_init, "ckpt_path")
         if path is None or not Path(path).is_file():
             return None
@@ -132,6 +154,8 @@ class FalqonCLI(LightningCLI):
         for plugin in plugins:
             if isinstance(plugin, FalqonPrecision):
                 plugin.check_settings(checkpoint.get("FalqonPrecision"), f"checkpoint {path}")
+        if not Path(path).resolve().is_relative_to(root.resolve()):
+            return None
         return int(checkpoint["global_step"])
 
     def after_fit(self) -> None:
@@ -147,6 +171,10 @@ class FalqonCLI(LightningCLI):
         ):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         report.finish(self.trainer, self.model)
+
+
+def _holds_run(root: Path) -> bool:
+    return (root / "metrics.csv").is_file() or (root / "checkpoints" / "last.ckpt").is_file()
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -190,5 +218,6 @@ def run(args: list[str] | None = None) -> FalqonCLI:
 
 
 def _fail(error: InputError) -> int:
-    print(f"train.py: error: {error}", file=sys.stderr)
+    if rank_zero_only.rank == 0:
+        print(f"train.py: error: {error}", file=sys.stderr)
     return 2

@@ -87,12 +87,31 @@ class LitCausalLM(LightningModule):
 
     # -- setting up ---------------------------------------------------------------------------
 
+    def setup(self, stage: str) -> None:
+        """Refuse packing where attention would not keep documents apart.
+
+        Raises:
+            InputError: for flash attention with packed batches of several rows.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if getattr(data, "packing", False) and "flash" in self.attn_implementation:
+            sizes = {getattr(data, "batch_size", 1), getattr(data, "eval_batch_size", 1)}
+            if sizes != {1}:
+                raise InputError(
+                    f"attn_implementation {self.attn_implementation!r} keeps packed "
+                    "documents apart only in batches of one row: set data.init_args.batch_size "
+                    "and eval_batch_size to 1 (with a larger max_length), or use sdpa."
+                )
+
     def configure_model(self) -> None:
         """Load the model and, with `FalqonPrecision`, meld it; does nothing the second time."""
         if self.model is not None:
             return
         plugin = self.trainer.precision_plugin
-        dtype = plugin.dtype if isinstance(plugin, FalqonPrecision) else torch.bfloat16
+        halves = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+        dtype = halves.get(str(self.trainer.precision), torch.float32)
+        if isinstance(plugin, FalqonPrecision):
+            dtype = plugin.dtype
         device = self.trainer.strategy.root_device
         with torch.device("cpu"):
             model = load_model(
@@ -140,7 +159,13 @@ class LitCausalLM(LightningModule):
         optimizer = self.optimizer(parameters)
         scheduler = self.lr_scheduler(optimizer)
         if isinstance(scheduler, WarmupConstant):
-            scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
+            total = self.trainer.estimated_stepping_batches
+            if math.isinf(total):
+                raise InputError(
+                    "a warm-up needs an end of training: set trainer.max_steps or max_epochs, or "
+                    "another model.init_args.lr_scheduler."
+                )
+            scheduler.set_total_steps(int(total))
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     # -- training -----------------------------------------------------------------------------
@@ -175,6 +200,13 @@ class LitCausalLM(LightningModule):
         for gradient in gradients:
             gradient.mul_(per_token)
         norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            # Adam's moments would never recover, and with them the weights stand still for good.
+            raise InputError(
+                f"the gradient is not finite at step {self.trainer.global_step} (loss "
+                f"{float(loss / tokens.clamp(min=1)):.4g}): the training has diverged. Resume from "
+                "the last checkpoint with a smaller learning rate."
+            )
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         elif gradient_clip_val:
@@ -250,7 +282,7 @@ class LitCausalLM(LightningModule):
                 input_ids=ids,
                 attention_mask=batch["attention_mask"].to(self.device),
                 max_new_tokens=max_new_tokens or self.max_new_tokens,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=self._ends(tokenizer),
                 pad_token_id=tokenizer.pad_token_id
                 if tokenizer.pad_token_id is not None
                 else tokenizer.eos_token_id,
@@ -263,14 +295,24 @@ class LitCausalLM(LightningModule):
         )
         return [answer.strip() for answer in answers]
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, str]]:
-        """Answers beside their prompts and references, where the batch has these."""
-        answers = self.generate(batch)
-        prompts = batch.get("prompt_text", [""] * len(answers))
-        references = batch.get("reference", [""] * len(answers))
+    def _ends(self, tokenizer: Any) -> list[int]:
+        """Ids that end an answer: the model's own, and the tokenizer's end and end-of-turn."""
+        assert self.model is not None
+        own = self.model.generation_config.eos_token_id
+        ends = set(own if isinstance(own, list) else [own])
+        for token in (tokenizer.eos_token, "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"):
+            known = tokenizer.get_vocab().get(token)
+            if known in tokenizer.all_special_ids:
+                ends.add(known)
+        return sorted(end for end in ends if end is not None)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """Answers beside the rows' numbers, prompts and references, where the batch has these."""
+        columns = {"row": "row", "prompt": "prompt_text", "reference": "reference"}
+        given = {name: batch[key] for name, key in columns.items() if key in batch}
         return [
-            {"prompt": p, "reference": r, "answer": a}
-            for p, r, a in zip(prompts, references, answers, strict=True)
+            {name: values[i] for name, values in given.items()} | {"answer": answer}
+            for i, answer in enumerate(self.generate(batch))
         ]
 
     # -- checkpoints --------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
     cli: Callable, tiny_run: Callable, tmp_path: Path
 ) -> None:
     config = tiny_run()
-    config["trainer"]["max_steps"] = 12
+    config["trainer"]["max_steps"] = 40
     straight = set_root(config, tmp_path / "straight")
     cli("fit", config)
     killed = set_root(config, tmp_path / "killed")
@@ -137,10 +137,12 @@ def test_a_killed_run_resumes_to_the_same_bits(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert checkpoint.exists(), process.stdout.read().decode() if process.stdout else ""
+    assert process.returncode == -signal.SIGKILL
+    assert read_checkpoint(checkpoint)["global_step"] < 40
     assert rows(killed)
     cli("fit", config, f"--ckpt_path={checkpoint}")
     assert digest(killed) == digest(straight)
-    assert [int(r["step"]) for r in rows(killed) if r["train/loss"]] == list(range(12))
+    assert [int(r["step"]) for r in rows(killed) if r["train/loss"]] == list(range(40))
 
 
 def test_accumulated_batches_equal_one_large_batch(
@@ -176,6 +178,92 @@ def test_a_fresh_run_sets_the_old_one_aside(cli: Callable, tiny_run: Callable) -
     assert digest(root / "previous" / "1") == first
 
 
+def test_a_failed_start_leaves_the_old_run_where_it_was(cli: Callable, tiny_run: Callable) -> None:
+    config = tiny_run()
+    root = Path(config["trainer"]["default_root_dir"])
+    cli("fit", config)
+    first, files = digest(root), sorted(p.name for p in root.iterdir())
+    with pytest.raises(SystemExit):
+        cli("fit", tiny_run(rank=4096))
+    assert digest(root) == first
+    assert sorted(p.name for p in root.iterdir()) == files
+
+
+def test_starting_from_another_runs_checkpoint_leaves_that_run_alone(
+    cli: Callable, tiny_run: Callable, tmp_path: Path
+) -> None:
+    config = tiny_run()
+    other = set_root(config, tmp_path / "other")
+    cli("fit", config, "--trainer.max_steps=3")
+    root = set_root(config, tmp_path / "mine")
+    cli("fit", config)
+    mine, table, others = digest(root), rows(root), digest(other)
+    cli("fit", config, f"--ckpt_path={other}/checkpoints/last.ckpt")
+    assert digest(other) == others
+    assert digest(root / "previous" / "1") == mine
+    assert rows(root / "previous" / "1") == table
+    assert [int(r["step"]) for r in rows(root) if r["train/loss"]] == [3, 4, 5]
+
+
+def test_resume_as_the_readme_says(cli: Callable, tiny_run: Callable, tmp_path: Path) -> None:
+    config = tiny_run()
+    straight = set_root(config, tmp_path / "straight")
+    cli("fit", config)
+    root = set_root(config, tmp_path / "run")
+    cli("fit", config, "--trainer.max_steps=4")
+    written = root / "config.yaml"
+    settings = yaml.safe_load(written.read_text())
+    assert settings["ckpt_path"] is None
+    cli("fit", settings, "--ckpt_path=last", "--trainer.max_steps=6")
+    assert digest(root) == digest(straight)
+    assert yaml.safe_load(written.read_text())["ckpt_path"] is None
+    cli("predict", yaml.safe_load(written.read_text()), "--ckpt_path=last")
+
+
+def test_the_best_checkpoint_is_ranked_by_its_own_validation(
+    cli: Callable, tiny_run: Callable
+) -> None:
+    config = tiny_run()
+    config["checkpoint"] = {"every_n_train_steps": 2, "save_top_k": 1, "monitor": "val/loss"}
+    config["trainer"]["max_steps"] = 7
+    cli("fit", config)
+    root = Path(config["trainer"]["default_root_dir"])
+    losses = {int(r["step"]) + 1: float(r["val/loss"]) for r in rows(root) if r["val/loss"]}
+    (best,) = [p for p in (root / "checkpoints").iterdir() if p.name != "last.ckpt"]
+    step = read_checkpoint(best)["global_step"]
+    assert step in (3, 6)
+    assert losses[step] == min(losses[3], losses[6])
+    assert read_checkpoint(root / "checkpoints" / "last.ckpt")["global_step"] == 7
+
+
+def test_activation_checkpointing_changes_nothing_but_memory(
+    cli: Callable, tiny_run: Callable, tmp_path: Path
+) -> None:
+    digests = []
+    for on in (False, True):
+        config = tiny_run()
+        root = set_root(config, tmp_path / f"checkpointing{on}")
+        config["model"]["init_args"]["gradient_checkpointing"] = on
+        cli("fit", config)
+        digests.append(digest(root))
+    assert digests[0] == digests[1]
+
+
+def test_a_diverged_step_ends_the_run(
+    cli: Callable, tiny_run: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_run(recipe="none", dtype="fp32", rows="all")
+    config["model"]["init_args"]["optimizer"] = {
+        "class_path": "torch.optim.SGD",
+        "init_args": {"lr": 1e30},
+    }
+    config["report"]["sample_answer"] = False
+    with pytest.raises(SystemExit) as error:
+        cli("fit", config)
+    assert error.value.code == 2
+    assert "the gradient is not finite at step" in capsys.readouterr().err
+
+
 def test_the_last_step_is_always_saved(cli: Callable, tiny_run: Callable) -> None:
     config = tiny_run()
     config["checkpoint"]["every_n_train_steps"] = 100
@@ -199,7 +287,7 @@ def test_validate_test_and_predict(cli: Callable, tiny_run: Callable) -> None:
     cli("predict", config, "--ckpt_path=last")
     answers = [json.loads(x) for x in (root / "predictions.jsonl").read_text().splitlines()]
     assert len(answers) == len(fit.datamodule.val_dataloader().dataset)
-    assert set(answers[0]) == {"prompt", "reference", "answer"}
+    assert set(answers[0]) == {"row", "prompt", "reference", "answer"}
     assert rows(root) == before  # looking at a run does not write into its metrics
 
 
@@ -228,10 +316,8 @@ def test_wandb_gets_the_resolved_configuration_and_the_fp8_metrics(
     monkeypatch.delenv("WANDB_MODE", raising=False)
     config = tiny_run()
     config["wandb"] = {"mode": "offline"}
-    cli("fit", config, "--trainer.max_steps=3")
-    import wandb
-
-    wandb.finish()
+    run = cli("fit", config, "--trainer.max_steps=3")
+    run.trainer.loggers[1].experiment.finish()
     root = Path(config["trainer"]["default_root_dir"])
     (directory,) = (root / "wandb").glob("offline-run-*")
     found = list(records(directory))
@@ -275,13 +361,17 @@ def damaged_model(
         ({"plugin.rank": 0}, ("rank is 0",)),
         ({"plugin.rank": 4096}, ("rank 4096", "input features")),
         ({"plugin.rows": 0}, ("rows is 0",)),
-        ({"plugin.rows": 100000}, ("rows is 100000",)),
+        ({"plugin.rows": 65}, ("rows is 65", "at most 64")),
         ({"plugin.recipe": "fp4"}, ("recipe 'fp4'", "default")),
         ({"plugin.recipe": {"scaling": "delayed"}}, ("per_tensor",)),
         ({"data.train_path": "missing.json"}, ("missing.json",)),
         ({"model.model_name": "./no/such/model"}, ("no/such/model",)),
         ({"trainer.strategy": "deepspeed"}, ("DeepSpeed", "ddp")),
         ({"ckpt_path": "missing.ckpt"}, ("missing.ckpt", "ckpt_path")),
+        (
+            {"data.packing": True, "model.attn_implementation": "flash_attention_2"},
+            ("flash_attention_2", "packed", "batch_size"),
+        ),
     ],
 )
 def test_bad_settings_give_one_clear_error(
@@ -347,18 +437,17 @@ def test_nan_weights_and_pickles_are_refused(
     tokenizer_dir: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    name = "model.layers.1.mlp.up_proj.weight"
-
-    def spoil(weights: dict[str, torch.Tensor]) -> None:
-        weights[name][3, 5] = float("nan")
-
     config = tiny_run()
-    config["model"]["init_args"]["model_name"] = damaged_model(
-        tokenizer_dir, tmp_path / "nan", spoil
-    )
-    with pytest.raises(SystemExit):
-        cli("fit", config)
-    assert name in capsys.readouterr().err
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
+
+        def spoil(weights: dict[str, torch.Tensor], name: str = name) -> None:
+            weights[name].flatten()[5] = float("nan")
+
+        damaged = damaged_model(tokenizer_dir, tmp_path / name, spoil)
+        config["model"]["init_args"]["model_name"] = damaged
+        with pytest.raises(SystemExit):
+            cli("fit", config)
+        assert name in capsys.readouterr().err
     pickled = tmp_path / "pickled"
     shutil.copytree(tokenizer_dir, pickled)
     torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")

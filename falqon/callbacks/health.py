@@ -66,12 +66,22 @@ class Throughput(Callback):
         self._tokens = tokens if self._tokens is None else self._tokens + tokens
         if not _is_log_step(trainer):
             return
-        total = int(trainer.strategy.reduce(self._tokens.double(), reduce_op="sum"))
+        pl_module.log("train/tokens_per_s", self._count(trainer, self._tokens), prog_bar=True)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._tokens is not None:  # steps since the last logged one
+            self._count(trainer, self._tokens)
+
+    def _count(self, trainer: Trainer, tokens: Tensor) -> float:
+        """Add tokens to the totals; returns tokens a second since the last call."""
+        total = int(trainer.strategy.reduce(tokens.double(), reduce_op="sum"))
         now = time.perf_counter()  # after the wait for the device that int() is
+        seconds = max(now - self._since, 1e-9)
         self.total_tokens += total
-        self.total_seconds += now - self._since
-        pl_module.log("train/tokens_per_s", total / max(now - self._since, 1e-9), prog_bar=True)
+        self.total_seconds += seconds
         self._tokens, self._since = None, now
+        return total / seconds
 
     @property
     def tokens_per_second(self) -> float:

@@ -55,7 +55,10 @@ class RunReport(Callback):
         if metrics and trainer.global_step == 0:
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=0)
-        self._answer(trainer, pl_module)
+        if trainer.global_step == 0:
+            self._answer(trainer, pl_module)
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # loading and the untuned model do not count
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -74,12 +77,12 @@ class RunReport(Callback):
         if not (wanted and hasattr(datamodule, "sample_prompt") and hasattr(pl_module, "generate")):
             return
         batch, self.prompt, self.reference = datamodule.sample_prompt()
-        if not self.answers or trainer.global_step > 0:
-            self.answers = [*self.answers[:1], pl_module.generate(batch, self.max_new_tokens)[0]]
+        self.answers.append(pl_module.generate(batch, self.max_new_tokens)[0])
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._answer(trainer, pl_module)
+        if self.answers:
+            self._answer(trainer, pl_module)
 
     # -- the end ------------------------------------------------------------------------------
 
@@ -93,7 +96,7 @@ class RunReport(Callback):
             "val_loss_before": self.loss_before,
             "val_loss_after": self.loss_after,
             "tokens_per_s": round(throughput.tokens_per_second, 1),
-            "peak_memory_bytes": peak_memory(),
+            "peak_memory_bytes": peak_memory(trainer.strategy.root_device),
             "run_directory": os.path.abspath(trainer.default_root_dir),
         }
         if isinstance(plugin, FalqonPrecision) and plugin.report is not None:
@@ -126,10 +129,14 @@ class RunReport(Callback):
         print(render(summary))
 
 
-def peak_memory() -> int:
-    """Peak memory so far in bytes: of the CUDA device if there is one, else of the process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+def peak_memory(device: torch.device) -> int:
+    """Peak memory in bytes: on a CUDA device of the training, else of the process so far.
+
+    Args:
+        device: that was trained on.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

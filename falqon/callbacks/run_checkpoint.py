@@ -17,8 +17,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     Args:
         every_n_train_steps: Optimizer steps between checkpoints.
-        save_top_k: Keep so many more checkpoints: the best by `monitor`, or without one 1 (the
-            newest) or -1 (all).
+        save_top_k: Keep so many more checkpoints: the best by `monitor`, looked at after each
+            validation within the training, or without one 1 (the newest) or -1 (all).
         monitor: Metric that says what is best, for example `val/loss`.
         mode: Whether the smallest (`min`) or the largest (`max`) value is best.
     """
@@ -56,21 +56,30 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self.monitor is None:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        elif trainer.global_step % self._every_n_train_steps == 0:
+            self._save_last(trainer)
         # Here and not in on_train_end: a state saved after the loop ended resumes one batch off.
         if _is_final_step(trainer):
-            self._save_final(trainer)
+            self._save_last(trainer)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning would rank a step's weights by the validation before that step.
+        if self.monitor is not None and not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if training was stopped between checkpoints, by a callback or a time limit."""
-        self._save_final(trainer)
+        self._save_last(trainer)
 
-    def _save_final(self, trainer: Trainer) -> None:
+    def _save_last(self, trainer: Trainer) -> None:
         step = trainer.global_step
         if step == 0 or self._saved_step == step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if self._last_global_step_saved != step or not self.last_model_path:
+        if self.monitor or self._last_global_step_saved != step or not self.last_model_path:
             self.last_model_path = str(self.last_path)
             trainer.save_checkpoint(self.last_model_path)
         self._saved_step = step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from falqon.errors import InputError
@@ -51,6 +52,23 @@ def archive_previous_run(root: str | Path) -> Path | None:
             f"{error.strerror or error}. Move it away yourself or set another run directory."
         ) from error
     return target
+
+
+def restore_archived_run(root: str | Path, archived: Path) -> None:
+    """Undo `archive_previous_run` for a run that failed before it had anything to keep.
+
+    Args:
+        root: Directory of the run; the failed run's config.yaml and wandb/ there are deleted.
+        archived: What `archive_previous_run` returned.
+    """
+    root = Path(root)
+    (root / "config.yaml").unlink(missing_ok=True)
+    shutil.rmtree(root / "wandb", ignore_errors=True)
+    for path in list(archived.iterdir()):
+        path.rename(root / path.name)
+    archived.rmdir()
+    if not any(archived.parent.iterdir()):
+        archived.parent.rmdir()
 
 
 def _next_directory(previous: Path) -> Path:
