@@ -252,9 +252,9 @@ def meld(
     return report
 
 
-def targets(model: nn.Module, recipe: MeldRecipe) -> list[str]:
-    """Full names of the linear layers that `meld` would convert."""
-    return [name for name, reason in _plan(model, recipe) if reason is None]
+def targets(model: nn.Module, recipe: MeldRecipe) -> dict[str, nn.Linear]:
+    """The linear layers that `meld` would convert, by full name."""
+    return {n: _linear(model, n) for n, reason in _plan(model, recipe) if reason is None}
 
 
 def _plan(model: nn.Module, recipe: MeldRecipe) -> Iterator[tuple[str, str | None]]:

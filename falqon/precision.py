@@ -65,7 +65,7 @@ class FalqonPrecision(Precision):
         InputError: for an unknown name or a value out of range.
     """
 
-    precision: Literal["bf16-true"] = "bf16-true"  # type: ignore[assignment]
+    precision: Literal["bf16-true"] = "bf16-true"
 
     def __init__(
         self,

@@ -70,7 +70,7 @@ def check_rows(module: nn.Module, recipe: UpdateRecipe, melding: MeldRecipe) -> 
         InputError: naming the largest number possible.
     """
     sizes = [layer.out_features for layer in melded_layers(module).values()]
-    sizes += [module.get_submodule(name).out_features for name in targets(module, melding)]
+    sizes += [linear.out_features for linear in targets(module, melding).values()]
     if sizes and isinstance(recipe.rows, int) and recipe.rows > max(sizes):
         raise InputError(
             f"rows is {recipe.rows}, but the largest melded layer has {max(sizes)} rows; use at "

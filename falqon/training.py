@@ -30,7 +30,8 @@ class RunConfig(SaveConfigCallback):
     """Writes the resolved configuration to `<default_root_dir>/config.yaml` and to the loggers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs, save_to_log_dir=False)
+        kwargs["save_to_log_dir"] = False
+        super().__init__(*args, **kwargs)
 
     @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -160,7 +161,7 @@ class FalqonCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Validate what was trained last, if that has not happened yet, and print the report."""
-        if self.trainer.fast_dev_run or self.trainer.interrupted:
+        if self.trainer.fast_dev_run or self.trainer.interrupted:  # type: ignore[attr-defined]
             return
         report = self._get(self.config_init, "report")
         has_validation = self.trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined()
@@ -218,6 +219,6 @@ def run(args: list[str] | None = None) -> FalqonCLI:
 
 
 def _fail(error: InputError) -> int:
-    if rank_zero_only.rank == 0:
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         print(f"train.py: error: {error}", file=sys.stderr)
     return 2

@@ -122,7 +122,7 @@ class LitCausalLM(LightningModule):
                 revision=self.revision,
             )
             if self.compare_with_base and self._fits_from_start():
-                self.base_loss = self._loss_of(model.to(device))
+                self.base_loss = self._loss_of(model.to(device))  # type: ignore[arg-type]
             if isinstance(plugin, FalqonPrecision):
                 plugin.convert(model, device=device)
                 rank_zero_info(str(plugin.report))
@@ -278,7 +278,7 @@ class LitCausalLM(LightningModule):
         was_training = self.model.training
         self.model.eval()
         try:
-            tokens = self.model.generate(
+            tokens = self.model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=batch["attention_mask"].to(self.device),
                 max_new_tokens=max_new_tokens or self.max_new_tokens,

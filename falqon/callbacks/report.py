@@ -72,12 +72,11 @@ class RunReport(Callback):
         self.answers = state_dict["answers"]
 
     def _answer(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        datamodule = getattr(trainer, "datamodule", None)
-        wanted = self.sample_answer and trainer.enable_validation
-        if not (wanted and hasattr(datamodule, "sample_prompt") and hasattr(pl_module, "generate")):
-            return
-        batch, self.prompt, self.reference = datamodule.sample_prompt()
-        self.answers.append(pl_module.generate(batch, self.max_new_tokens)[0])
+        sample = getattr(getattr(trainer, "datamodule", None), "sample_prompt", None)
+        generate: Any = getattr(pl_module, "generate", None)
+        if sample and generate and self.sample_answer and trainer.enable_validation:
+            batch, self.prompt, self.reference = sample()
+            self.answers.append(generate(batch, self.max_new_tokens)[0])
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
