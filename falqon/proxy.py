@@ -58,19 +58,19 @@ def select_rows(proxy: Tensor, count: int) -> Tensor:
     return torch.sort(score, descending=True, stable=True).indices[:count]
 
 
-def check_rows(module: nn.Module, recipe: UpdateRecipe, melding: MeldRecipe) -> None:
+def check_rows(module: nn.Module, recipe: UpdateRecipe, melding: MeldRecipe | None = None) -> None:
     """Refuse a number of rows that no layer has which is melded or going to be.
 
     Args:
         module: the model.
         recipe: the policy.
-        melding: which layers are going to be melded.
+        melding: which layers are going to be melded, all by default.
 
     Raises:
         InputError: naming the largest number possible.
     """
     sizes = [layer.out_features for layer in melded_layers(module).values()]
-    sizes += [linear.out_features for linear in targets(module, melding).values()]
+    sizes += [linear.out_features for linear in targets(module, melding or MeldRecipe()).values()]
     if sizes and isinstance(recipe.rows, int) and recipe.rows > max(sizes):
         raise InputError(
             f"rows is {recipe.rows}, but the largest melded layer has {max(sizes)} rows; use at "

@@ -47,6 +47,8 @@ class DelayedScaling:
         # Without a condition that one rank alone could meet: all of them have to get here.
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        if self.history is None and not seen.any():
+            return
         counts = [m.overflowed for m in modules if m.overflowed is not None]
         if counts:
             total = torch.stack(counts).sum()

@@ -92,6 +92,8 @@ def test_number_of_rows_is_checked_against_the_model() -> None:
             check_rows(module, update_recipe("paper", most + 1))
     for rows in ("rank", "all", 0.99):
         check_rows(plain, update_recipe("paper", rows))
+    with pytest.raises(InputError, match="rows is 11, .* has 10 rows"):  # layer 0 stays as it is
+        check_rows(plain, update_recipe("paper", 11), MeldRecipe(exclude=("0",)))
     check_rows(nn.Embedding(3, 3), update_recipe("paper", 10))  # melding will say what is wrong
 
 
