@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
@@ -139,9 +139,19 @@ class FalqonCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except BaseException:
+            self._finish_wandb(exit_code=1)
             if self._archived is not None and not (root / "metrics.csv").exists():
                 restore_archived_run(root, self._archived)
             raise
+        self._finish_wandb(exit_code=0)
+
+    def _finish_wandb(self, exit_code: int) -> None:
+        """Close the W&B run: the next run of this process would write into it."""
+        if any(isinstance(logger, WandbLogger) for logger in self.trainer.loggers):
+            import wandb
+
+            if wandb.run is not None:
+                wandb.finish(exit_code=exit_code)
 
     def _resume_step(self, plugins: list[Any], root: Path) -> int | None:
         """Step at which this directory's run goes on, after a look at whether the checkpoint fits.
