@@ -15,12 +15,13 @@ from typing_extensions import override
 
 from falqon.errors import InputError
 from falqon.linear import MeldedLinear
-from falqon.meld import MeldReport, meld, melded_layers
-from falqon.proxy import ProxyUpdate, check_rows
+from falqon.meld import MeldReport, meld, melded_layers, targets
+from falqon.proxy import ProxyUpdate
 from falqon.recipe import (
     Fp8Recipe,
     MeldRecipe,
     Rounding,
+    UpdateRecipe,
     as_plain,
     fp8_recipe,
     update_recipe,
@@ -286,6 +287,26 @@ class FalqonPrecision(Precision):
                 f"{where} was made with another recipe: {'; '.join(differing)}. Give these "
                 "settings as the checkpoint has them, or start a new run without ckpt_path."
             )
+
+
+def check_rows(module: nn.Module, recipe: UpdateRecipe, melding: MeldRecipe | None = None) -> None:
+    """Refuse a number of rows that no layer has which is melded or going to be.
+
+    Args:
+        module: the model.
+        recipe: the policy.
+        melding: which layers are going to be melded, all by default.
+
+    Raises:
+        InputError: naming the largest number possible.
+    """
+    sizes = [layer.out_features for layer in melded_layers(module).values()]
+    sizes += [linear.out_features for linear in targets(module, melding or MeldRecipe()).values()]
+    if sizes and isinstance(recipe.rows, int) and recipe.rows > max(sizes):
+        raise InputError(
+            f"rows is {recipe.rows}, but the largest melded layer has {max(sizes)} rows; use at "
+            f"most {max(sizes)}, 'rank', 'all' or a fraction."
+        )
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,13 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from falqon.errors import InputError
 from falqon.kernels import RowUpdate, RowUpdateCounts
 from falqon.linear import MeldedLinear
-from falqon.meld import melded_layers, targets
-from falqon.recipe import MeldRecipe, UpdateRecipe
+from falqon.recipe import UpdateRecipe
 
 
 @dataclass(frozen=True)
@@ -56,26 +54,6 @@ def select_rows(proxy: Tensor, count: int) -> Tensor:
     # NaN sorts first otherwise and would crowd out rows that can be written.
     score = torch.where(torch.isfinite(score), score, torch.full_like(score, -1.0))
     return torch.sort(score, descending=True, stable=True).indices[:count]
-
-
-def check_rows(module: nn.Module, recipe: UpdateRecipe, melding: MeldRecipe | None = None) -> None:
-    """Refuse a number of rows that no layer has which is melded or going to be.
-
-    Args:
-        module: the model.
-        recipe: the policy.
-        melding: which layers are going to be melded, all by default.
-
-    Raises:
-        InputError: naming the largest number possible.
-    """
-    sizes = [layer.out_features for layer in melded_layers(module).values()]
-    sizes += [linear.out_features for linear in targets(module, melding or MeldRecipe()).values()]
-    if sizes and isinstance(recipe.rows, int) and recipe.rows > max(sizes):
-        raise InputError(
-            f"rows is {recipe.rows}, but the largest melded layer has {max(sizes)} rows; use at "
-            f"most {max(sizes)}, 'rank', 'all' or a fraction."
-        )
 
 
 class ProxyUpdate:

@@ -14,7 +14,8 @@ from falqon.errors import InputError
 from falqon.fp8 import E4M3, decode, encode
 from falqon.linear import MeldedLinear
 from falqon.meld import meld, melded_layers
-from falqon.proxy import ProxyUpdate, check_rows, select_rows
+from falqon.precision import check_rows
+from falqon.proxy import ProxyUpdate, select_rows
 from falqon.recipe import RECIPES, MeldRecipe, UpdateRecipe, update_recipe
 
 RANK = 4

@@ -369,6 +369,7 @@ def damaged_model(
         ({"model.model_name": "./no/such/model"}, ("no/such/model",)),
         ({"trainer.strategy": "deepspeed"}, ("DeepSpeed", "ddp")),
         ({"ckpt_path": "missing.ckpt"}, ("missing.ckpt", "ckpt_path")),
+        ({"checkpoint.every_n_train_steps": 0}, ("checkpoint.every_n_train_steps is 0",)),
         (
             {"data.packing": True, "model.attn_implementation": "flash_attention_2"},
             ("flash_attention_2", "packed", "batch_size"),
@@ -388,6 +389,7 @@ def test_bad_settings_give_one_clear_error(
         "data": config["data"]["init_args"],
         "model": config["model"]["init_args"],
         "trainer": config["trainer"],
+        "checkpoint": config["checkpoint"],
     }
     for key, value in change.items():
         place, _, name = key.rpartition(".")
@@ -486,23 +488,16 @@ def test_a_full_disk_leaves_the_old_checkpoint(tiny_run: Callable, tmp_path: Pat
     )
     command = [sys.executable, "-c", script]
     common = ["fit", "--config", str(path)]
-    first = subprocess.run(
-        [*command, "0", *common, "--trainer.max_steps=3"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+
+    def start(limit: int, flag: str) -> subprocess.CompletedProcess[str]:
+        arguments = [*command, str(limit), *common, flag]
+        return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    first = start(0, "--trainer.max_steps=3")
     assert first.returncode == 0, first.stderr
     checkpoint = Path(config["trainer"]["default_root_dir"]) / "checkpoints" / "last.ckpt"
     before = checkpoint.read_bytes()
-    second = subprocess.run(
-        [*command, "65536", *common, "--ckpt_path=last"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    second = start(65536, "--ckpt_path=last")
     assert second.returncode == 2, second.stderr
     assert "last.ckpt" in second.stderr
     assert "Traceback" not in second.stderr

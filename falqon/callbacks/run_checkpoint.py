@@ -9,6 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
+from falqon.errors import InputError
+
 
 class RunCheckpoint(ModelCheckpoint):
     """Keeps `<default_root_dir>/checkpoints/last.ckpt` up to date, to resume from.
@@ -21,6 +23,9 @@ class RunCheckpoint(ModelCheckpoint):
             validation within the training, or without one 1 (the newest) or -1 (all).
         monitor: Metric that says what is best, for example `val/loss`.
         mode: Whether the smallest (`min`) or the largest (`max`) value is best.
+
+    Raises:
+        InputError: If `every_n_train_steps` is below 1.
     """
 
     def __init__(
@@ -30,6 +35,10 @@ class RunCheckpoint(ModelCheckpoint):
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
     ) -> None:
+        if every_n_train_steps < 1:
+            raise InputError(
+                f"checkpoint.every_n_train_steps is {every_n_train_steps}; it must be at least 1."
+            )
         super().__init__(
             filename="{epoch}-{step}",
             monitor=monitor,
