@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from falqon.fp8 import E4M3, E5M2, dequantize
-from falqon.kernels import BackboneMatmul, MeldedMatmul, PassThrough, ProxyGrad, Quantize
+from falqon.kernels import BackboneMatmul, MeldedMatmul, PassThrough, Pending, ProxyGrad, Quantize
 from falqon.recipe import Fp8Recipe
 
 
@@ -32,21 +32,29 @@ class _MeldedFunction(torch.autograd.Function):
     ) -> Tensor:
         x_codes, x_scale = layer.quantize_input(x)
         out, adapter = layer.melded_matmul(x_codes, x_scale, codes, scale, bias, x.dtype)
-        ctx.save_for_backward(adapter, codes, scale)
+        # B is saved rather than read from the layer in backward: autograd then refuses a B that was
+        # changed in between.
+        ctx.save_for_backward(adapter, codes, scale, *((proxy,) if layer.live else ()))
+        if layer.live:
+            layer.pending_term(out, adapter, proxy * layer.scaling)
         ctx.layer = layer
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        adapter, codes, scale = ctx.saved_tensors
+        adapter, codes, scale, *live = ctx.saved_tensors
         layer: MeldedLinear = ctx.layer
         grad_input = grad_proxy = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_codes, grad_scale = layer.quantize_gradient(grad)
             grad_input = layer.backbone_matmul(grad_codes, grad_scale, codes, scale, grad.dtype)
+            for proxy in live:
+                layer.pending_term.backward(
+                    grad_input, grad, proxy * layer.scaling, codes, scale
+                )
         if ctx.needs_input_grad[3]:
-            grad_proxy = layer.proxy_grad(grad, adapter)
+            grad_proxy = layer.proxy_grad(grad, adapter).mul_(layer.scaling)
         if ctx.needs_input_grad[4]:
             grad_bias = grad.sum(dim=0, dtype=torch.float32).to(grad.dtype)
         return grad_input, None, None, grad_proxy, grad_bias, None
@@ -58,7 +66,7 @@ class MeldedLinear(nn.Module):
     `DQ(codes[:out])` is read as the original weight plus an adapter whose B is implied by the
     quantisation error; `DQ(codes[out:])` is its A, used for gradients. B, the only trainable
     tensor, is a buffer of changes that `falqon.proxy.ProxyUpdate` writes into the codes; it takes
-    no part in the forward pass.
+    no part in the forward pass unless the layer is `live`.
 
     Make one from an `nn.Linear` with `falqon.meld.meld_linear`; a new one has zero weights.
 
@@ -69,6 +77,7 @@ class MeldedLinear(nn.Module):
         recipe: FP8 recipe.
         device: of the parameters.
         dtype: of the bias.
+        scaling: factor of B A, LoRA's alpha / r.
 
     Attributes:
         codes: uint8 [out + r, in], frozen (with `emulate: none` float32): E4M3 bytes of the
@@ -76,6 +85,7 @@ class MeldedLinear(nn.Module):
         scale: float32 [1], frozen: value = code value / scale.
         B: float32 [out, r], trainable, zero at first.
         bias: [out] or None, frozen.
+        live: the change that B holds acts in forward and backward: `O + O_A B^T`.
     """
 
     def __init__(
@@ -87,11 +97,14 @@ class MeldedLinear(nn.Module):
         recipe: Fp8Recipe | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        scaling: float = 1.0,
     ) -> None:
         super().__init__()
         recipe = recipe or Fp8Recipe()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.recipe = recipe
+        self.scaling = scaling
+        self.live = False
         exact = recipe.emulate == "none"
 
         def parameter(
@@ -119,6 +132,7 @@ class MeldedLinear(nn.Module):
         self.melded_matmul = MeldedMatmul(rank, exact_scales)
         self.backbone_matmul = BackboneMatmul(rank, exact_scales)
         self.proxy_grad = ProxyGrad()
+        self.pending_term = Pending()
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.
@@ -144,8 +158,13 @@ class MeldedLinear(nn.Module):
         return out.view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
+    def pending(self) -> Tensor:
+        """B times the LoRA scaling, float32 [out, r]: the pending change is this times A."""
+        return self.B.detach() * self.scaling
+
+    @torch.no_grad()
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The backbone as it acts, [out, in]: what is served, B not included."""
+        """The backbone's values, [out, in]: what is served. The change that B holds is not in."""
         return self._values(self.codes[: self.out_features], dtype)
 
     @torch.no_grad()

@@ -22,7 +22,8 @@ class MeldedInfo:
 
     Attributes:
         out_features, in_features: shape of its weight.
-        captured: share of the squared norm of the quantisation error that the rank-r adapter holds.
+        captured: share of the squared norm of the quantisation error (of the weight, if A is from
+            that) which the rank-r adapter holds; 0 for a random A.
     """
 
     out_features: int
@@ -93,14 +94,31 @@ def truncated_svd(matrix: Tensor, recipe: MeldRecipe, seed: int) -> tuple[Tensor
     return values[:rank], right.t()[:rank]
 
 
+def _svd_adapter(matrix: Tensor, recipe: MeldRecipe, seed: int) -> tuple[Tensor, float]:
+    """`sqrt(S) V^T` float32 [r, in], and the share of the squared norm that the rank holds."""
+    values, right = truncated_svd(matrix, recipe, seed)
+    adapter = matrix.new_zeros(recipe.rank, matrix.shape[1])
+    adapter[: len(values)] = values.sqrt()[:, None] * right
+    norm = matrix.square().sum()
+    return adapter, float(values.square().sum() / norm) if norm > 0 else 1.0
+
+
+def _kaiming_adapter(weight: Tensor, recipe: MeldRecipe, seed: int) -> Tensor:
+    """Uniform in +-1/sqrt(in), as LoRA's A is; drawn on the CPU to be the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    bound = weight.shape[1] ** -0.5
+    random = torch.rand(recipe.rank, weight.shape[1], generator=generator)
+    return ((2 * random - 1) * bound).to(weight.device)
+
+
 @torch.no_grad()
 def meld_weight(
     weight: Tensor, fp8: Fp8Recipe, recipe: MeldRecipe, seed: int = 0
 ) -> tuple[Tensor, Tensor, float]:
     """Merged codes of one weight: `[Q(W); Q(A)]` with a shared scale (paper eq. 6 to 9, Alg. 1).
 
-    `A = sqrt(S) V^T` of the rank-r SVD of the quantisation error W - DQ(Q(W)); rows beyond the
-    error's rank are zero.
+    `A = sqrt(S) V^T` of the rank-r SVD of the quantisation error W - DQ(Q(W)), or of what
+    `recipe.adapter` says; rows beyond its rank are zero.
 
     Args:
         weight: [out, in], floating.
@@ -109,25 +127,28 @@ def meld_weight(
         seed: of the randomised SVD.
 
     Returns:
-        codes uint8 (or float32) [out + r, in]; scale float32 [1]; share of the squared error norm
-        that the adapter holds.
+        codes uint8 (or float32) [out + r, in]; scale float32 [1]; share of the squared norm of the
+        decomposed matrix that the adapter holds (0 for `kaiming`).
     """
     weight = weight.detach().to(torch.float32)
     rounding = fp8.weight_scale_rounding
     limit = weight.abs().amax()
-    for attempt in range(2):
-        scale = compute_scale(limit, E4M3, rounding).reshape(1)
-        codes, _ = quantize(weight, E4M3, rounding=rounding, scale=scale)
-        error = weight - dequantize(codes, scale, E4M3)
-        values, right = truncated_svd(error, recipe, seed)
-        adapter = weight.new_zeros(recipe.rank, weight.shape[1])
-        adapter[: len(values)] = values.sqrt()[:, None] * right
-        if attempt == 0 and adapter.abs().amax() > limit:
-            limit = adapter.abs().amax()  # A shares the scale, so it must fit as well
+    scale = compute_scale(limit, E4M3, rounding).reshape(1)
+    codes, _ = quantize(weight, E4M3, rounding=rounding, scale=scale)
+    if recipe.adapter == "svd_error":
+        adapter, captured = _svd_adapter(weight - dequantize(codes, scale, E4M3), recipe, seed)
+        if adapter.abs().amax() > limit:  # A shares the scale, so it must fit as well
+            limit = adapter.abs().amax()
+            scale = compute_scale(limit, E4M3, rounding).reshape(1)
+            codes, _ = quantize(weight, E4M3, rounding=rounding, scale=scale)
+            adapter, captured = _svd_adapter(weight - dequantize(codes, scale, E4M3), recipe, seed)
+    else:
+        if recipe.adapter == "svd_weight":
+            adapter, captured = _svd_adapter(weight, recipe, seed)
         else:
-            break
-    norm = error.square().sum()
-    captured = float(values.square().sum() / norm) if norm > 0 else 1.0
+            adapter, captured = _kaiming_adapter(weight, recipe, seed), 0.0
+        # Only its directions come from W or from chance; its length is a matter of learning rate.
+        adapter *= (limit / adapter.abs().amax()).clamp(max=1.0) if limit > 0 else 1.0
     if fp8.emulate == "none":
         return torch.cat([weight, adapter]), torch.ones_like(scale), captured
     adapter_codes, _ = quantize(adapter, E4M3, rounding=rounding, scale=scale)
@@ -179,6 +200,7 @@ def meld_linear(
         bias=linear.bias is not None,
         recipe=fp8,
         device=target,
+        scaling=recipe.scaling,
     )
     melded.codes.data, melded.scale.data = codes, scale
     if linear.bias is not None:
@@ -199,6 +221,7 @@ def meld(
     *,
     device: torch.device | str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    keep: Callable[[str, Tensor], None] | None = None,
 ) -> MeldReport:
     """Meld the linear layers of a model in place, one at a time.
 
@@ -211,6 +234,7 @@ def meld(
         fp8, recipe: settings, the defaults if None.
         device: where to compute and to put melded layers; each layer's own if None.
         progress: called with the layer's name, its number from 1, and how many there are.
+        keep: called with the layer's name and its original weight [out, in], before it is dropped.
 
     Returns:
         What was converted, and what was not and why.
@@ -240,6 +264,8 @@ def meld(
         melded, captured = meld_linear(linear, fp8, recipe, name=name, device=device)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, melded)
+        if keep is not None:
+            keep(name, linear.weight.detach())
         report.converted[name] = MeldedInfo(linear.out_features, linear.in_features, captured)
         report.bytes_before += linear.weight.numel() * linear.weight.element_size()
         report.bytes_after += melded.codes.numel() * melded.codes.element_size() + 4

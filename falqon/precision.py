@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -18,6 +18,7 @@ from falqon.linear import MeldedLinear
 from falqon.meld import MeldReport, meld, melded_layers, targets
 from falqon.proxy import ProxyUpdate
 from falqon.recipe import (
+    Adapter,
     Fp8Recipe,
     MeldRecipe,
     Rounding,
@@ -37,6 +38,7 @@ class PluginState(TypedDict):
     skipped: dict[str, str]
     steps: int
     scaling: dict[str, Any]
+    proxy: dict[str, Any]
 
 
 class FalqonPrecision(Precision):
@@ -49,12 +51,16 @@ class FalqonPrecision(Precision):
 
     Args:
         rank: adapter rank r.
-        update: preset of the proxy update, see `falqon.recipe.PRESETS`.
+        update: policy of the proxy update: a name in `falqon.recipe.PRESETS`, or fields of
+            `UpdateRecipe` that differ from the one named `preset`.
         rows: rows written in each layer and step: a number, `rank`, `all`, or a fraction in (0, 1);
             the preset's own if None.
         recipe: FP8 recipe: a name (`default`, `paper`, `none`), or fields of `Fp8Recipe` that
             differ from the one named `base`.
-        rounding: of the written codes, `nearest` or `stochastic`.
+        rounding: of the written codes, `nearest` or `stochastic`; the policy's own if None.
+        lora_alpha: multiply B A by lora_alpha / rank, as LoRA does; None multiplies by 1, as the
+            paper does.
+        adapter: where A comes from, see `falqon.recipe.MeldRecipe`.
         include: patterns of the linear layers to meld.
         exclude: patterns of linear layers to leave in `dtype`, beside the output embedding.
         output_embedding: meld the output embedding (lm_head) as well.
@@ -71,10 +77,12 @@ class FalqonPrecision(Precision):
     def __init__(
         self,
         rank: int = 64,
-        update: str = "paper",
+        update: str | dict[str, Any] = "paper",
         rows: int | float | str | None = None,
         recipe: str | dict[str, Any] | Fp8Recipe = "default",
-        rounding: Rounding = "nearest",
+        rounding: Rounding | None = None,
+        lora_alpha: float | None = None,
+        adapter: Adapter = "svd_error",
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         output_embedding: bool = False,
@@ -88,10 +96,13 @@ class FalqonPrecision(Precision):
             include=MeldRecipe.include if include is None else tuple(include),
             exclude=MeldRecipe.exclude if exclude is None else tuple(exclude),
             output_embedding=output_embedding,
+            adapter=adapter,
+            lora_alpha=lora_alpha,
             svd=svd,
             seed=seed,
         )
-        self.update = update_recipe(update, rows, rounding=rounding, seed=seed)
+        changes = {} if rounding is None else {"rounding": rounding}
+        self.update = update_recipe(update, rows, seed=seed, **changes)
         if dtype not in ("bf16", "fp32"):
             raise InputError(f"dtype is {dtype!r}; choose bf16 or fp32.")
         self.dtype_name = dtype
@@ -130,7 +141,9 @@ class FalqonPrecision(Precision):
             progress: see `falqon.meld.meld`.
         """
         check_rows(module, self.update, self.melding)
-        report = meld(module, self.fp8, self.melding, device=device, progress=progress)
+        weights: dict[str, Tensor] = {}
+        keep = weights.setdefault if self.update.written == "weights" else None
+        report = meld(module, self.fp8, self.melding, device=device, progress=progress, keep=keep)
         if self.report is None or report.converted:
             self.report = report
         layers = melded_layers(module)
@@ -147,7 +160,7 @@ class FalqonPrecision(Precision):
         if list(layers.values()) != list(self.layers.values()):
             self.layers = layers
             self.steps = 0
-            self.proxy_update = ProxyUpdate(layers, self.update)
+            self.proxy_update = ProxyUpdate(layers, self.update, weights)
             self.scaling = DelayedScaling(module, self.fp8.amax_history)
         return module
 
@@ -204,7 +217,8 @@ class FalqonPrecision(Precision):
         """Statistics of the last update, by metric name; waits for the device.
 
         `falqon/rows_written`, `codes_flipped`, `codes_flipped_share`, `realised_ratio`,
-        `saturated_share` (see `falqon.proxy.UpdateStatistics`), `weight_scale` (geometric mean),
+        `saturated_share`, `pending_norm`, `staleness` (see `falqon.proxy.UpdateStatistics`),
+        `weight_scale` (geometric mean),
         and with delayed scaling `scale_e4m3`, `scale_e5m2` and `overflowed`.
         """
         statistics = self.proxy_update.statistics() if self.proxy_update else None
@@ -215,6 +229,11 @@ class FalqonPrecision(Precision):
         logs["weight_scale"] = float(scales.log2().mean().exp2())
         logs |= self.scaling.statistics()
         return {f"falqon/{name}": value for name, value in logs.items()}
+
+    def flush(self) -> None:
+        """Write all that is pending: the weights are then those that would be served."""
+        if self.proxy_update is not None:
+            self.proxy_update.flush(self.steps)
 
     # -- state --------------------------------------------------------------------------------
 
@@ -238,11 +257,12 @@ class FalqonPrecision(Precision):
     def state_dict(self) -> PluginState:  # type: ignore[override]
         """Settings, step counter and amax histories."""
         return {
-            "version": 1,
+            "version": 2,
             "settings": self.settings(),
             "skipped": dict(self.report.skipped) if self.report else {},
             "steps": self.steps,
             "scaling": self.scaling.state_dict() if self.scaling else {},
+            "proxy": self.proxy_update.state_dict() if self.proxy_update else {},
         }
 
     @override
@@ -256,6 +276,8 @@ class FalqonPrecision(Precision):
         self.steps = state_dict["steps"]
         if self.scaling is not None and state_dict["scaling"]:
             self.scaling.load_state_dict(state_dict["scaling"])
+        if self.proxy_update is not None and state_dict["proxy"]:
+            self.proxy_update.load_state_dict(state_dict["proxy"])
 
     def check_settings(self, state: PluginState | None, where: str = "the checkpoint") -> None:
         """Compare a checkpoint's settings with this plugin's.
@@ -271,7 +293,7 @@ class FalqonPrecision(Precision):
             raise InputError(
                 f"{where} was not trained with FalqonPrecision and cannot be resumed with it."
             )
-        if state.get("version") != 1:
+        if state.get("version") != 2:
             raise InputError(
                 f"{where} has plugin state version {state.get('version')}, this release reads "
                 "version 1: use the release that wrote it."

@@ -1,23 +1,28 @@
 """The proxy update: rows of B A go into the FP8 codes after an optimizer step (paper sec. 4.3).
 
-What the presets differ in is in `falqon.recipe.UpdateRecipe`.
+What the presets differ in is in `falqon.recipe.UpdateRecipe`, what they mean in docs/method.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from falqon.kernels import RowUpdate, RowUpdateCounts
+from falqon.checkpoint.hashing import hash_tensors
+from falqon.errors import InputError
+from falqon.fp8 import E4M3, decode
+from falqon.kernels import Origin, RowUpdate, RowUpdateCounts
 from falqon.linear import MeldedLinear
 from falqon.recipe import UpdateRecipe
 
 
 @dataclass(frozen=True)
 class UpdateStatistics:
-    """What one update did over all layers.
+    """What the last write did over all layers.
 
     Attributes:
         rows_written: rows with a change that was not zero.
@@ -27,6 +32,9 @@ class UpdateStatistics:
             wanted one: 1 if nothing is lost in rounding, 0 if nothing lands. Wanted is all that
             left B: rows that were cleared without being written count as lost.
         saturated_share: share of the written rows' codes at the largest magnitude.
+        pending_norm: Frobenius norm of what is still in B, as a change of the weights.
+        staleness: optimizer steps since a row was last written, mean over the rows with a pending
+            change.
     """
 
     rows_written: int
@@ -34,26 +42,87 @@ class UpdateStatistics:
     codes_flipped_share: float
     realised_ratio: float
     saturated_share: float
+    pending_norm: float
+    staleness: float
 
 
-def select_rows(proxy: Tensor, count: int) -> Tensor:
-    """The rows with the largest change, by L1 norm (paper sec. 4.3; the released code's |.|).
+def select_rows(score: Tensor, count: int, first: Tensor | None = None, extra: int = 0) -> Tensor:
+    """The rows with the largest score, after those that have waited longest.
 
     Ties go to the lower row, so that the choice is the same on every device.
 
     Args:
-        proxy: B, float32 [out, r].
-        count: k, at most `out`.
+        score: float32 [out]; rows whose score is not finite come last.
+        count: rows to take by score.
+        first: int [out], the step in which each row was last written.
+        extra: rows to take before those, the longest unwritten ones.
 
     Returns:
-        int64 [k] row numbers.
+        int64 row numbers, at most `out`.
     """
-    if count >= proxy.shape[0]:
-        return torch.arange(proxy.shape[0], device=proxy.device)
-    score = proxy.abs().sum(dim=1)
+    if count + extra >= len(score):
+        return torch.arange(len(score), device=score.device)
     # NaN sorts first otherwise and would crowd out rows that can be written.
     score = torch.where(torch.isfinite(score), score, torch.full_like(score, -1.0))
-    return torch.sort(score, descending=True, stable=True).indices[:count]
+    if first is None or not extra:
+        return torch.sort(score, descending=True, stable=True).indices[:count]
+    oldest = torch.sort(first, stable=True).indices[:extra]
+    score = score.index_fill(0, oldest, -2.0)
+    return torch.cat([oldest, torch.sort(score, descending=True, stable=True).indices[:count]])
+
+
+class _LayerState:
+    """What the update keeps about one layer beside its parameters.
+
+    Attributes:
+        last_written: int32 [out] on the layer's device: number of the step that last wrote a row,
+            -1 if none has.
+        original: what rows are derived from, in host memory: uint8 or floating [out, in].
+        applied: float32 [out, r] in host memory: all of B that has been written so far.
+        gram: A A^T in weight units, float32 [r, r].
+        gram_inverse: its pseudo-inverse in units of codes, float32 [r, r].
+        fineness: float32 [out]: mean of 1 / (distance to the next code) over a row, in weight units.
+    """
+
+    def __init__(self, layer: MeldedLinear, recipe: UpdateRecipe, original: Tensor | None) -> None:
+        out, device = layer.out_features, layer.codes.device
+        self.last_written = torch.full((out,), -1, dtype=torch.int32, device=device)
+        self.original = self.applied = self.gram_inverse = self.fineness = None
+        adapter = layer.dequantized_adapter()
+        self.gram = adapter @ adapter.t()
+        if recipe.written in ("codes", "weights"):
+            if recipe.written == "codes":
+                original = layer.codes.detach()[:out]
+            assert original is not None
+            pin = device.type == "cuda"
+            # A copy, unless it is a tensor that nobody else holds.
+            keep = original.cpu() if recipe.written == "weights" else original.cpu().clone()
+            self.original = keep.pin_memory() if pin else keep
+            self.applied = torch.zeros(out, layer.rank, pin_memory=pin)
+        if recipe.written == "project":
+            gram = self.gram.double() * layer.scale.double().square()
+            self.gram_inverse = torch.linalg.pinv(gram, hermitian=True).float()
+        if recipe.select == "flips" or recipe.threshold:
+            self.fineness = fineness(layer.codes[:out], layer.scale)
+
+
+_STEPS_INVERSE = torch.tensor([2.0 ** (10 - max(code >> 3, 1)) for code in range(128)])
+
+
+def fineness(codes: Tensor, scale: Tensor) -> Tensor:
+    """How fine the FP8 grid is around a row's weights: mean of 1 / (distance to the next code).
+
+    Args:
+        codes: uint8 [k, in] (float32: no rounding, infinitely fine).
+        scale: float32 [1].
+
+    Returns:
+        float32 [k].
+    """
+    if codes.dtype != torch.uint8:
+        return torch.full((len(codes),), torch.inf, device=codes.device)
+    table = _STEPS_INVERSE.to(codes.device)
+    return table[(codes & 0x7F).int()].mean(dim=1) * scale
 
 
 class ProxyUpdate:
@@ -62,51 +131,158 @@ class ProxyUpdate:
     Args:
         layers: by full name; their order numbers them for stochastic rounding.
         recipe: the policy.
+        weights: original weights [out, in] by the same names, for `written: weights`; kept in host
+            memory as they are.
+
+    Raises:
+        InputError: if the policy needs original weights that are not there.
     """
 
-    def __init__(self, layers: dict[str, MeldedLinear], recipe: UpdateRecipe) -> None:
+    def __init__(
+        self,
+        layers: dict[str, MeldedLinear],
+        recipe: UpdateRecipe,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.layers = layers
         self.recipe = recipe
+        missing = [name for name in layers if name not in (weights or {})]
+        if recipe.written == "weights" and missing:
+            raise InputError(
+                f"the update preset {recipe.preset!r} derives rows from the original weights, and "
+                f"those of {missing[0]} are not there: the model was melded before. Use 'anchored' "
+                "(original codes), or start from the model that was not melded."
+            )
         self.row_update = RowUpdate(recipe.rounding)
+        self.states = {
+            name: _LayerState(layer, recipe, (weights or {}).get(name))
+            for name, layer in layers.items()
+        }
+        for layer in layers.values():
+            layer.live = recipe.live
+        self._number = 0
         self._counts: list[Tensor] = []
+        # Squared norms and products of wanted and landed change since the start, [layers].
+        self._landed = torch.zeros(len(layers), dtype=torch.float64)
+        self._wanted = torch.zeros(len(layers), dtype=torch.float64)
+        self._originals_hash: str | None = None
 
     @torch.no_grad()
     def step(self, number: int, only: set[int] | None = None) -> None:
-        """Write the selected rows of every layer and clear them in B.
+        """Write the rows that the policy selects in every layer.
 
         Args:
             number: of the optimizer step, from 0: a counter of the stochastic rounding.
             only: ids of the B to consider (those of one optimizer), all if None.
         """
-        counts, lost = [], []
-        for index, layer in enumerate(self.layers.values()):
+        self._number = number
+        if (number + 1) % self.recipe.every:
+            return
+        counts: list[RowUpdateCounts] = []
+        lost: list[Tensor] = []
+        written: list[int] = []
+        for index, (name, layer) in enumerate(self.layers.items()):
             if only is not None and id(layer.B) not in only:
                 continue
-            rows = select_rows(layer.B, self.recipe.rows_of(layer.out_features, layer.rank))
-            counts.append(self._write(layer, rows, number, index))
+            state = self.states[name]
+            rows, change = self._select(layer, state)
+            counts.append(self._write(layer, state, rows, change, number, index))
+            written.append(index)
             if self.recipe.unselected == "clear":
-                lost.append(_squared_change(layer))
+                lost.append(squared_change(layer.pending(), state.gram))
                 layer.B.zero_()
-        self._collect(counts, lost)
+        self._collect(counts, lost, written)
 
     @torch.no_grad()
     def flush(self, number: int) -> None:
-        """Write every pending row, whatever the policy selects: afterwards B is zero."""
-        counts = [
-            self._write(layer, torch.arange(layer.out_features, device=layer.B.device), number, i)
-            for i, layer in enumerate(self.layers.values())
-        ]
-        self._collect(counts, [])
+        """Write every pending row, whatever the policy selects: afterwards B is zero.
 
-    def _write(self, layer: MeldedLinear, rows: Tensor, number: int, index: int) -> RowUpdateCounts:
-        key = (self.recipe.seed, number, index)
-        counts: RowUpdateCounts = self.row_update(
-            layer.codes, layer.scale, rows, layer.B[rows], key
+        What `project` would keep of a row is dropped: nothing of it could be served.
+        """
+        counts = []
+        for index, (name, layer) in enumerate(self.layers.items()):
+            rows = torch.arange(layer.out_features, device=layer.B.device)
+            counts.append(
+                self._write(layer, self.states[name], rows, layer.pending(), number, index, True)
+            )
+        self._collect(counts, [], list(range(len(counts))))
+
+    def is_pending(self) -> bool:
+        """Some row has a change that is not written; waits for the device."""
+        return any(bool(layer.B.any()) for layer in self.layers.values())
+
+    def _select(self, layer: MeldedLinear, state: _LayerState) -> tuple[Tensor, Tensor]:
+        """Rows to write, int64 [k], and their pending change as a B, float32 [k, r]."""
+        recipe, out = self.recipe, layer.out_features
+        count = recipe.rows_of(out, layer.rank)
+        extra = 0
+        if recipe.max_age is not None:
+            extra = -(-out // (recipe.max_age // recipe.every))
+        pending = layer.pending()
+        score = None
+        if count + extra < out or recipe.threshold:
+            score = self._score(layer, state, pending)
+        if score is None:
+            rows = torch.arange(out, device=pending.device)
+        else:
+            rows = select_rows(score, count, state.last_written, extra)
+        change = pending[rows]
+        if recipe.threshold:
+            assert state.fineness is not None
+            flips = _expected_flips(pending, state, layer.in_features)[rows]
+            change = change * (flips >= recipe.threshold * layer.in_features)[:, None]
+        return rows, change
+
+    def _score(self, layer: MeldedLinear, state: _LayerState, pending: Tensor) -> Tensor:
+        if self.recipe.select == "l1":
+            return pending.abs().sum(dim=1)
+        if self.recipe.select == "norm":
+            return ((pending @ state.gram) * pending).sum(dim=1)
+        return _expected_flips(pending, state, layer.in_features)
+
+    def _write(
+        self,
+        layer: MeldedLinear,
+        state: _LayerState,
+        rows: Tensor,
+        change: Tensor,
+        number: int,
+        index: int,
+        last: bool = False,
+    ) -> RowUpdateCounts:
+        """Write rows; rows of zero change stay as they are, in B as well."""
+        held = (change != 0).any(dim=1)  # NaN counts as a change: it must leave B
+        origin = None
+        if state.original is not None and state.applied is not None:
+            device = change.device
+            on_host = rows.cpu()
+            applied = state.applied[on_host]
+            usable = torch.where(torch.isfinite(change).all(dim=1, keepdim=True), change, 0.0)
+            total = applied + usable.cpu()
+            state.applied[on_host] = total
+            origin = Origin(
+                state.original[on_host].to(device, non_blocking=True),
+                total.to(device, non_blocking=True),
+            )
+        counts, kept = self.row_update(
+            layer.codes,
+            layer.scale,
+            rows,
+            change,
+            (self.recipe.seed, number, index),
+            origin,
+            None if last else state.gram_inverse,
         )
-        layer.B[rows] = 0.0
+        left = torch.zeros_like(change) if kept is None else kept / layer.scaling
+        layer.B[rows] = torch.where(held[:, None], left, layer.B[rows])
+        state.last_written[rows] = torch.where(held, number, state.last_written[rows])
+        if state.fineness is not None:
+            state.fineness[rows] = fineness(layer.codes[rows], layer.scale)
         return counts
 
-    def _collect(self, counts: list[RowUpdateCounts], lost: list[Tensor]) -> None:
+    def _collect(
+        self, counts: list[RowUpdateCounts], lost: list[Tensor], written: list[int]
+    ) -> None:
         self._counts = []
         if not counts:
             return
@@ -114,16 +290,28 @@ class ProxyUpdate:
             torch.stack([value.double() for value in column])
             for column in zip(*counts, strict=True)
         ]
-        sums = torch.stack([column.sum() for column in columns])
-        lost_sum = torch.stack(lost).sum() if lost else sums.new_zeros(())
-        self._counts = [*sums, lost_sum]
+        lost_by_layer = torch.stack(lost) if lost else torch.zeros_like(columns[-1])
+        self._counts = [*(column.sum() for column in columns), lost_by_layer.sum()]
+        if self._landed.device != columns[0].device:
+            self._landed = self._landed.to(columns[0].device)
+            self._wanted = self._wanted.to(columns[0].device)
+        self._landed[written] += columns[4]
+        self._wanted[written] += columns[5] + lost_by_layer
 
     def statistics(self) -> UpdateStatistics | None:
-        """What the last `step` or `flush` did; waits for the device. None before the first."""
+        """What the last write did; waits for the device. None before the first."""
         if not self._counts:
             return None
-        sums = torch.stack(self._counts).tolist()
-        written, written_codes, flipped, saturated, projection, wanted, lost = sums
+        pending = []
+        for name, layer in self.layers.items():
+            state, change = self.states[name], layer.pending()
+            waiting = (change != 0).any(dim=1)
+            age = (self._number - state.last_written) * waiting
+            left = squared_change(change, state.gram)
+            pending.append(torch.stack([left, age.sum().double(), waiting.sum().double()]))
+        sums = torch.cat([torch.stack(self._counts), torch.stack(pending).sum(dim=0)]).tolist()
+        written, written_codes, flipped, saturated, projection, wanted, lost, *sums = sums
+        squared, age, waiting = sums
         codes = sum(layer.out_features * layer.in_features for layer in self.layers.values())
         return UpdateStatistics(
             rows_written=int(written),
@@ -131,10 +319,77 @@ class ProxyUpdate:
             codes_flipped_share=flipped / codes,
             realised_ratio=projection / (wanted + lost) if wanted + lost > 0 else 0.0,
             saturated_share=saturated / written_codes if written_codes else 0.0,
+            pending_norm=squared**0.5,
+            staleness=age / waiting if waiting else 0.0,
         )
 
+    def realised_by_layer(self) -> dict[str, float]:
+        """`realised_ratio` over all writes since the start, by layer; 0 where nothing was wanted."""
+        ratios = torch.where(self._wanted > 0, self._landed / self._wanted, 0.0).tolist()
+        return dict(zip(self.layers, ratios, strict=True))
 
-def _squared_change(layer: MeldedLinear) -> Tensor:
-    """Squared norm of B A, through the r x r matrix A A^T; float64 scalar."""
-    adapter = layer.dequantized_adapter()
-    return ((layer.B @ (adapter @ adapter.t())) * layer.B).sum(dtype=torch.float64)
+    # -- state --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs beside codes and B; tensors and plain values."""
+        state: dict[str, Any] = {
+            "last_written": {name: s.last_written for name, s in self.states.items()},
+            "landed": self._landed,
+            "wanted": self._wanted,
+        }
+        if self.recipe.written in ("codes", "weights"):
+            state["applied"] = {name: s.applied for name, s in self.states.items()}
+            state["originals"] = self._hash_originals()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave.
+
+        Raises:
+            InputError: if rows would be derived from other originals than in the checkpoint.
+        """
+        if state.get("originals", "") != self._hash_originals():
+            raise InputError(
+                "the model that was loaded is not the one this checkpoint was trained from: its "
+                f"weights have the hash {self._hash_originals()[:12]}, the checkpoint's "
+                f"{state.get('originals', 'none')[:12]}. Give the same model (and revision)."
+            )
+        for name, own in self.states.items():
+            own.last_written.copy_(state["last_written"][name])
+            if own.applied is not None:
+                own.applied.copy_(state["applied"][name])
+        self._landed = state["landed"].to(self._landed.device)
+        self._wanted = state["wanted"].to(self._wanted.device)
+
+    def _hash_originals(self) -> str:
+        """SHA-256 over the originals, which never change; empty if there are none."""
+        if self.recipe.written not in ("codes", "weights"):
+            return ""
+        if self._originals_hash is None:
+            originals = {n: s.original for n, s in self.states.items() if s.original is not None}
+            self._originals_hash = hash_tensors(originals)
+        return self._originals_hash
+
+
+def squared_change(pending: Tensor, gram: Tensor) -> Tensor:
+    """Squared norm of B A, through the r x r matrix A A^T; float64 scalar.
+
+    Args:
+        pending: B, float32 [out, r].
+        gram: A A^T, float32 [r, r].
+    """
+    return ((pending @ gram) * pending).sum(dtype=torch.float64)
+
+
+def _expected_flips(pending: Tensor, state: _LayerState, in_features: int) -> Tensor:
+    """Codes of each row that its pending change is expected to flip, float32 [out].
+
+    A change d that is small against the distance u of two codes moves a weight over the rounding
+    threshold with probability |d| / u; with d normal of row i's standard deviation, the mean of |d|
+    is sqrt(2 / pi) of it.
+    """
+    assert state.fineness is not None
+    mean_square = ((pending @ state.gram) * pending).sum(dim=1).clamp(min=0) / in_features
+    share = (mean_square * (2 / torch.pi)).sqrt() * state.fineness
+    share = torch.where(mean_square > 0, share, torch.zeros_like(share))  # infinitely fine times 0
+    return share.clamp(max=1.0) * in_features

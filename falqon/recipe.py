@@ -18,6 +18,9 @@ from falqon.errors import InputError
 Granularity = Literal["per_token", "per_tensor"]
 ScaleRounding = Literal["power_of_two", "none"]
 Rounding = Literal["nearest", "stochastic"]
+Adapter = Literal["svd_error", "svd_weight", "kaiming"]
+Selection = Literal["l1", "norm", "flips"]
+Written = Literal["drop", "project", "codes", "weights"]
 
 
 def _one_of(owner: str, key: str, value: object, choices: tuple[object, ...]) -> None:
@@ -134,10 +137,16 @@ class MeldRecipe:
         include: shell-style patterns of full module names to meld.
         exclude: patterns to leave alone.
         output_embedding: meld the output embedding (lm_head) as well, if it is included.
+        adapter: where A comes from: `svd_error`, the leading right singular vectors of the
+            quantisation error times the roots of its singular values (the paper's); `svd_weight`,
+            the same of the weight; `kaiming`, uniform random numbers in +-1/sqrt(in), LoRA's. The
+            latter two are scaled down where they would not fit the weight's FP8 scale.
+        lora_alpha: as in LoRA: what B A changes in the weight is multiplied by lora_alpha / rank.
+            None leaves it as it is, the paper's.
         svd: `randomized` (Halko et al., arXiv:0909.4061) or `full`.
         oversampling: extra sketch columns of the randomised SVD.
         power_iterations: power iterations of the randomised SVD.
-        seed: seed of its sketch.
+        seed: of its sketch and of `kaiming`.
 
     Raises:
         InputError: for a value out of range.
@@ -147,6 +156,8 @@ class MeldRecipe:
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     output_embedding: bool = False
+    adapter: Adapter = "svd_error"
+    lora_alpha: float | None = None
     svd: Literal["randomized", "full"] = "randomized"
     oversampling: int = 32
     power_iterations: int = 16
@@ -157,6 +168,10 @@ class MeldRecipe:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise InputError(f"rank is {self.rank!r}; it must be a whole number of at least 1.")
         _one_of(name, "svd", self.svd, ("randomized", "full"))
+        _one_of(name, "adapter", self.adapter, get_args(Adapter))
+        alpha = self.lora_alpha
+        if alpha is not None and not (0 < alpha < math.inf):
+            raise InputError(f"lora_alpha is {alpha!r}; it must be a positive number, or None.")
         for key in ("oversampling", "power_iterations"):
             if getattr(self, key) < 0:
                 raise InputError(f"{name}.{key} is {getattr(self, key)}; it must not be negative.")
@@ -166,17 +181,37 @@ class MeldRecipe:
         if not self.include:
             raise InputError(f"{name}.include is empty, so nothing would be melded; use ['*'].")
 
+    @property
+    def scaling(self) -> float:
+        """Factor of B A: `lora_alpha / rank`, 1 without lora_alpha."""
+        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.rank
+
 
 @dataclass(frozen=True)
 class UpdateRecipe:
     """How the proxy buffer B enters the FP8 codes after an optimizer step (paper sec. 4.3, eq. 15).
 
+    A policy is a choice on each of a few independent questions; a preset is a name for choices.
+    Row i's pending change is `B[i] A`: what the optimizer did to it since the row was last written.
+
     Attributes:
         preset: the name it was made from, for logs and checkpoints.
-        rows: rows written in each layer and step: a number, `rank` (as many as the rank), `all`,
+        rows: rows written in each layer and write: a number, `rank` (as many as the rank), `all`,
             or a fraction of the layer's rows in (0, 1), rounded up. Layers with fewer rows write
             all of them.
+        select: which rows: those with the largest `l1` norm of B[i] (the paper's), the largest
+            `norm` of B[i] A, or the most codes expected to flip (`flips`).
+        max_age: write every row at least once in so many steps, by writing the longest unwritten
+            ones in addition to `rows`; None for no such promise.
+        threshold: leave a selected row alone if a smaller share of its codes is expected to flip.
+        every: optimizer steps from one write to the next.
         unselected: rows that were not selected `keep` accumulating, or are cleared (`clear`).
+        written: what becomes of the part of a written row's change that rounding did not let land.
+            `drop`: lost (the paper's). `project`: its projection on the rows of A returns to B[i].
+            `codes`: none is lost for good, the row is derived again from its original codes and all
+            of its change so far, `Q(DQ(W0q[i]) + (sum of B[i]) A)`. `weights`: the same from the
+            original weights, `Q(W0[i] + (sum of B[i]) A)`.
+        live: the pending change takes part in forward and backward, `O + O_A B^T`.
         rounding: of the written codes.
         seed: seed of stochastic rounding.
 
@@ -186,14 +221,39 @@ class UpdateRecipe:
 
     preset: str
     rows: int | float | str
+    select: Selection = "l1"
+    max_age: int | None = None
+    threshold: float = 0.0
+    every: int = 1
     unselected: Literal["keep", "clear"] = "keep"
+    written: Written = "drop"
+    live: bool = False
     rounding: Rounding = "nearest"
     seed: int = 0
 
     def __post_init__(self) -> None:
         name = type(self).__name__
+        _one_of(name, "select", self.select, get_args(Selection))
         _one_of(name, "unselected", self.unselected, ("keep", "clear"))
+        _one_of(name, "written", self.written, get_args(Written))
+        _one_of(name, "live", self.live, (True, False))
         _one_of(name, "rounding", self.rounding, get_args(Rounding))
+        for key, value in (("every", self.every), ("max_age", self.max_age)):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 1
+            ):
+                raise InputError(f"{name}.{key} is {value!r}; use a whole number of at least 1.")
+        if self.max_age is not None and self.max_age < self.every:
+            raise InputError(
+                f"{name}.max_age is {self.max_age}, but rows are written every {self.every} steps."
+            )
+        if not 0 <= self.threshold <= 1:
+            raise InputError(f"{name}.threshold is {self.threshold!r}; it is a share, 0 to 1.")
+        if self.threshold and self.max_age is not None:
+            raise InputError(
+                f"{name}.threshold leaves rows unwritten and max_age promises to write them; set "
+                "one of them."
+            )
         rows = self.rows
         help_text = "use a whole number of at least 1, 'rank', 'all', or a fraction"
         if isinstance(rows, str):
@@ -227,26 +287,49 @@ class UpdateRecipe:
 PRESETS: dict[str, UpdateRecipe] = {
     "paper": UpdateRecipe(preset="paper", rows=10),
     "released": UpdateRecipe(preset="released", rows="rank", unselected="clear"),
+    "feedback": UpdateRecipe(preset="feedback", rows="rank", written="project"),
+    "anchored": UpdateRecipe(preset="anchored", rows="rank", written="codes"),
+    "master": UpdateRecipe(preset="master", rows="rank", written="weights"),
+    "live": UpdateRecipe(preset="live", rows="rank", written="project", live=True),
 }
-"""Named update policies. `paper`: k rows are written, the others keep accumulating. `released`:
-what the paper's published code does, r rows are written and all of B is cleared."""
+"""Named update policies, described in docs/method.md. `paper` is the paper's rule, `released` that
+of its published code."""
 
 
 def update_recipe(
-    preset: str, rows: int | float | str | None = None, **changes: Any
+    update: str | Mapping[str, Any] | UpdateRecipe,
+    rows: int | float | str | None = None,
+    **changes: Any,
 ) -> UpdateRecipe:
-    """A named update policy, with its number of rows and other fields changed where given.
+    """Make a policy from a preset's name, or from fields that differ from a preset.
+
+    Args:
+        update: a name in `PRESETS`; fields of `UpdateRecipe`, with `preset` naming the preset they
+            change; or a recipe.
+        rows, changes: further fields to change, None leaves `rows` as it is.
 
     Raises:
-        InputError: for an unknown preset or a value out of range.
+        InputError: for an unknown preset or field, or a value out of range.
     """
-    if preset not in PRESETS:
-        raise InputError(
-            f"unknown update preset {preset!r}; choose one of {', '.join(sorted(PRESETS))}."
-        )
     if rows is not None:
         changes["rows"] = rows
-    return replace(PRESETS[preset], **changes)
+    if isinstance(update, UpdateRecipe):
+        return replace(update, **changes)
+    if isinstance(update, Mapping):
+        fields_given = dict(update)
+        known = {f.name for f in fields(UpdateRecipe)}
+        for key in fields_given:
+            if key not in known:
+                raise InputError(
+                    f"unknown key {key!r} in the update policy; it has {', '.join(sorted(known))}."
+                )
+        update = fields_given.pop("preset", "paper")
+        changes = {**fields_given, **changes}
+    if update not in PRESETS:
+        raise InputError(
+            f"unknown update preset {update!r}; choose one of {', '.join(sorted(PRESETS))}."
+        )
+    return replace(PRESETS[update], **changes)
 
 
 def as_plain(recipe: Fp8Recipe | MeldRecipe | UpdateRecipe) -> dict[str, Any]:

@@ -44,6 +44,10 @@ def fill(layers: list[MeldedLinear], size: float = 1.0, seed: int = 10) -> list[
     return [layer.B.detach().clone() for layer in layers]
 
 
+def l1(proxy: Tensor) -> Tensor:
+    return proxy.abs().sum(dim=1)
+
+
 def codes_of(layers: list[MeldedLinear]) -> list[Tensor]:
     return [layer.codes.detach().clone() for layer in layers]
 
@@ -61,17 +65,17 @@ def requantised(codes: Tensor, proxy: Tensor, rows: Tensor) -> Tensor:
 
 def test_rows_with_the_largest_change_are_selected() -> None:
     proxy = torch.tensor([[1.0, -1.0], [0.0, 0.5], [-3.0, 0.0], [2.0, 0.5], [0.0, 0.0]])
-    assert select_rows(proxy, 1).tolist() == [2]
-    assert select_rows(proxy, 3).tolist() == [2, 3, 0]
-    assert select_rows(proxy, 5).tolist() == [0, 1, 2, 3, 4]
-    assert select_rows(proxy, 99).tolist() == [0, 1, 2, 3, 4]
+    assert select_rows(l1(proxy), 1).tolist() == [2]
+    assert select_rows(l1(proxy), 3).tolist() == [2, 3, 0]
+    assert select_rows(l1(proxy), 5).tolist() == [0, 1, 2, 3, 4]
+    assert select_rows(l1(proxy), 99).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_ties_go_to_the_lowest_row() -> None:
     proxy = torch.ones(1000, 2)
     proxy[500] = 2.0
-    assert select_rows(proxy, 4).tolist() == [500, 0, 1, 2]
-    assert select_rows(torch.zeros(1000, 2), 3).tolist() == [0, 1, 2]
+    assert select_rows(l1(proxy), 4).tolist() == [500, 0, 1, 2]
+    assert select_rows(torch.zeros(1000), 3).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -79,7 +83,7 @@ def test_rows_that_cannot_be_written_come_last(bad: float) -> None:
     proxy = torch.zeros(6, 2)
     proxy[0, 1] = bad
     proxy[4] = 1.0
-    assert select_rows(proxy, 5).tolist() == [4, 1, 2, 3, 5]
+    assert select_rows(l1(proxy), 5).tolist() == [4, 1, 2, 3, 5]
 
 
 def test_number_of_rows_is_checked_against_the_model() -> None:
@@ -313,7 +317,7 @@ def test_without_rounding_the_change_is_added_exactly() -> None:
         assert torch.equal(layer.codes[out:], old[out:])
     statistics = update.statistics()
     assert statistics is not None
-    assert statistics.realised_ratio == 1.0
+    assert statistics.realised_ratio == pytest.approx(1.0, abs=1e-6)
 
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {

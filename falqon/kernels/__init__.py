@@ -6,18 +6,23 @@ Knows neither Lightning nor transformers.
 
 from falqon.kernels.backbone_matmul import BackboneMatmul, backbone_matmul
 from falqon.kernels.melded_matmul import MeldedMatmul, melded_matmul
+from falqon.kernels.pending import Pending, add_pending, add_pending_grad
 from falqon.kernels.proxy_grad import ProxyGrad, proxy_grad
 from falqon.kernels.quantize import PassThrough, Quantize
-from falqon.kernels.row_update import RowUpdate, RowUpdateCounts, row_update
+from falqon.kernels.row_update import Origin, RowUpdate, RowUpdateCounts, row_update
 
 __all__ = [
     "BackboneMatmul",
     "MeldedMatmul",
+    "Origin",
     "PassThrough",
+    "Pending",
     "ProxyGrad",
     "Quantize",
     "RowUpdate",
     "RowUpdateCounts",
+    "add_pending",
+    "add_pending_grad",
     "backbone_matmul",
     "melded_matmul",
     "proxy_grad",

@@ -31,6 +31,18 @@ class RowUpdateCounts(NamedTuple):
     wanted: Tensor
 
 
+class Origin(NamedTuple):
+    """What written rows are derived from again, instead of from their codes at hand.
+
+    Attributes:
+        values: original rows [k, in]: uint8 codes with the layer's scale, or floating weights.
+        total: B[K] summed over all writes, this one included, float32 [k, r].
+    """
+
+    values: Tensor
+    total: Tensor
+
+
 def row_update(
     codes: Tensor,
     scale: Tensor,
@@ -38,11 +50,14 @@ def row_update(
     proxy: Tensor,
     rounding: Rounding = "nearest",
     counter: tuple[int, int, int] = (0, 0, 0),
-) -> RowUpdateCounts:
+    origin: Origin | None = None,
+    gram_inverse: Tensor | None = None,
+) -> tuple[RowUpdateCounts, Tensor | None]:
     """`W[K] = Q(DQ(W[K]) + B[K] A)` in place, with the unchanged scale, saturating.
 
-    Rows of B that are zero leave their codes alone bit for bit (requantising would turn -0 into
-    0), and so do rows whose change is not finite: a NaN gradient must not reach the weights.
+    With an origin `W[K] = Q(origin + (sum of B[K]) A)`. Rows of B that are zero leave their codes
+    alone bit for bit (requantising would turn -0 into 0), and so do rows whose change is not
+    finite: a NaN gradient must not reach the weights.
 
     Args:
         codes: merged weight, uint8 [out + r, in] (or float32: then the change is added exactly).
@@ -52,47 +67,59 @@ def row_update(
         rounding: `nearest` or `stochastic`.
         counter: seed, step and layer of the stochastic rounding's random bits; the row and column
             are counted too, so that the bits do not depend on rank, order or selection.
+        origin: derive the rows from it.
+        gram_inverse: pseudo-inverse of `A A^T` in units of codes, float32 [r, r]: asks for the
+            remainder, the part of the change that rounding left, projected on the rows of A.
 
     Returns:
-        Counts over the written rows.
+        Counts over the written rows, and with `gram_inverse` the remainder as a B, float32 [k, r]
+        (zero in rows that were not written).
     """
     rank = proxy.shape[1]
     a_codes, old = codes[codes.shape[0] - rank :], codes[rows]
     exact = codes.dtype != torch.uint8
     # In units of codes, that is multiplied by the scale, which cancels in B A. A finite B can still
     # overflow here, to infinity or to NaN.
-    wanted = proxy @ (a_codes if exact else decode(a_codes, E4M3))
-    finite = (torch.isfinite(proxy).all(dim=1) & torch.isfinite(wanted).all(dim=1))[:, None]
-    live = finite & (proxy != 0).any(dim=1, keepdim=True)
-    wanted = torch.where(live, wanted, torch.zeros_like(wanted))
-    if exact:
-        codes[rows] = torch.where(live, old + wanted, old)
-        norm = wanted.double().square().sum()
-        flipped = (codes[rows] != old).sum()
-        written = live.sum()
-        none = torch.zeros_like(flipped)
-        return RowUpdateCounts(written, written * codes.shape[1], flipped, none, norm, norm)
-    before = decode(old, E4M3)
-    target = before + wanted
-    if rounding == "nearest":
-        new = encode(target, E4M3)
+    adapter = a_codes if exact else decode(a_codes, E4M3)
+    before = old if exact else decode(old, E4M3)
+    wanted = proxy @ adapter
+    if origin is None:
+        target = before + wanted
     else:
-        seed, step, layer = counter
-        columns = torch.arange(codes.shape[1], device=codes.device)
-        bits = philox(seed, columns[None, :], rows[:, None], step, layer)
-        new = encode_stochastic(target, E4M3, bits)
-    new = torch.where(live, new, old)
+        values = origin.values
+        start = decode(values, E4M3) if values.dtype == torch.uint8 else values.float() * scale
+        target = torch.addmm(start, origin.total, adapter)
+    # A sum is finite only if all its terms are: one pass over the change, none over B.
+    finite = torch.isfinite(wanted.sum(dim=1) + target.sum(dim=1)) & torch.isfinite(proxy.sum(1))
+    live = (finite & (proxy != 0).any(dim=1))[:, None]
+    if exact:
+        new = torch.where(live, target, old)
+    else:
+        if rounding == "nearest":
+            new = encode(target, E4M3)
+        else:
+            seed, step, layer = counter
+            columns = torch.arange(codes.shape[1], device=codes.device)
+            bits = philox(seed, columns[None, :], rows[:, None], step, layer)
+            new = encode_stochastic(target, E4M3, bits)
+        new = torch.where(live, new, old)
     codes[rows] = new
-    landed = (decode(new, E4M3) - before) / scale
-    wanted = wanted / scale
-    return RowUpdateCounts(
+    after = new if exact else decode(new, E4M3)
+    wanted = torch.where(live, wanted, torch.zeros_like(wanted))
+    # Per row in float32 and over rows in float64: exact enough for a ratio, and twice as fast.
+    unit = scale.double().square()
+    counts = RowUpdateCounts(
         written=live.sum(),
         codes=live.sum() * codes.shape[1],
         flipped=(new != old).sum(),
-        saturated=(((new & 0x7F) == E4M3.max_code) & live).sum(),
-        projection=(landed * wanted).sum(dtype=torch.float64),
-        wanted=wanted.square().sum(dtype=torch.float64),
+        saturated=(((new & 0x7F) == E4M3.max_code) & live).sum() if not exact else live.sum() * 0,
+        projection=((after - before) * wanted).sum(dim=1).sum(dtype=torch.float64) / unit[0],
+        wanted=wanted.square().sum(dim=1).sum(dtype=torch.float64) / unit[0],
     )
+    if gram_inverse is None:
+        return counts, None
+    missed = torch.where(live, target - after, torch.zeros_like(target))
+    return counts, (missed @ adapter.t()) @ gram_inverse
 
 
 class RowUpdate(nn.Module):
@@ -113,9 +140,13 @@ class RowUpdate(nn.Module):
         rows: Tensor,
         proxy: Tensor,
         counter: tuple[int, int, int] = (0, 0, 0),
-    ) -> RowUpdateCounts:
+        origin: Origin | None = None,
+        gram_inverse: Tensor | None = None,
+    ) -> tuple[RowUpdateCounts, Tensor | None]:
         """See `row_update`."""
-        return row_update(codes, scale, rows, proxy, self.rounding, counter)
+        return row_update(
+            codes, scale, rows, proxy, self.rounding, counter, origin, gram_inverse
+        )
 
     def extra_repr(self) -> str:
         """What `repr` shows in the brackets."""
