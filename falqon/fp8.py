@@ -136,10 +136,11 @@ def encode_stochastic(x: Tensor, fmt: Format, random_bits: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _pair_table(fmt: Format, dtype: torch.dtype) -> Tensor:
-    """Two-byte lookup: entry i holds the bf16 values of codes i & 255 and i >> 8, as one int32."""
+    """Two-byte lookup: entry i holds the values of codes i & 255 and i >> 8, as one integer."""
     codes = torch.arange(256, dtype=torch.uint8).view(fmt.dtype).to(dtype)
     pairs = torch.arange(1 << 16)
-    return torch.stack([codes[pairs & 255], codes[pairs >> 8]], dim=1).view(torch.int32).flatten()
+    both = torch.int32 if dtype == torch.bfloat16 else torch.int64
+    return torch.stack([codes[pairs & 255], codes[pairs >> 8]], dim=1).view(both).flatten()
 
 
 def decode(codes: Tensor, fmt: Format, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -156,7 +157,7 @@ def decode(codes: Tensor, fmt: Format, dtype: torch.dtype = torch.float32) -> Te
         Tensor of `dtype` in the shape of `codes`.
     """
     if (
-        dtype == torch.bfloat16
+        dtype in (torch.bfloat16, torch.float32)
         and codes.device.type == "cpu"
         and codes.is_contiguous()
         and codes.numel() % 2 == 0

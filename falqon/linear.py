@@ -50,9 +50,7 @@ class _MeldedFunction(torch.autograd.Function):
             grad_codes, grad_scale = layer.quantize_gradient(grad)
             grad_input = layer.backbone_matmul(grad_codes, grad_scale, codes, scale, grad.dtype)
             for proxy in live:
-                layer.pending_term.backward(
-                    grad_input, grad, proxy * layer.scaling, codes, scale
-                )
+                layer.pending_term.backward(grad_input, grad, proxy * layer.scaling, codes, scale)
         if ctx.needs_input_grad[3]:
             grad_proxy = layer.proxy_grad(grad, adapter).mul_(layer.scaling)
         if ctx.needs_input_grad[4]:

@@ -142,7 +142,7 @@ class FalqonPrecision(Precision):
         """
         check_rows(module, self.update, self.melding)
         weights: dict[str, Tensor] = {}
-        keep = weights.setdefault if self.update.written == "weights" else None
+        keep = weights.__setitem__ if self.update.written == "weights" else None
         report = meld(module, self.fp8, self.melding, device=device, progress=progress, keep=keep)
         if self.report is None or report.converted:
             self.report = report
@@ -232,8 +232,13 @@ class FalqonPrecision(Precision):
 
     def flush(self) -> None:
         """Write all that is pending: the weights are then those that would be served."""
-        if self.proxy_update is not None:
+        if self.is_pending():
+            assert self.proxy_update is not None
             self.proxy_update.flush(self.steps)
+
+    def is_pending(self) -> bool:
+        """Something learned is not in the codes yet; waits for the device."""
+        return self.proxy_update is not None and self.proxy_update.is_pending()
 
     # -- state --------------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from falqon.checkpoint.hashing import hash_tensors
 from falqon.errors import InputError
-from falqon.fp8 import E4M3, decode
 from falqon.kernels import Origin, RowUpdate, RowUpdateCounts
 from falqon.linear import MeldedLinear
 from falqon.recipe import UpdateRecipe
@@ -81,7 +80,7 @@ class _LayerState:
         applied: float32 [out, r] in host memory: all of B that has been written so far.
         gram: A A^T in weight units, float32 [r, r].
         gram_inverse: its pseudo-inverse in units of codes, float32 [r, r].
-        fineness: float32 [out]: mean of 1 / (distance to the next code) over a row, in weight units.
+        fineness: float32 [out]: mean of 1 / (distance to the next code) over a row, weight units.
     """
 
     def __init__(self, layer: MeldedLinear, recipe: UpdateRecipe, original: Tensor | None) -> None:
@@ -201,37 +200,29 @@ class ProxyUpdate:
         """
         counts = []
         for index, (name, layer) in enumerate(self.layers.items()):
-            rows = torch.arange(layer.out_features, device=layer.B.device)
-            counts.append(
-                self._write(layer, self.states[name], rows, layer.pending(), number, index, True)
-            )
+            state = self.states[name]
+            counts.append(self._write(layer, state, None, layer.pending(), number, index, True))
         self._collect(counts, [], list(range(len(counts))))
 
     def is_pending(self) -> bool:
         """Some row has a change that is not written; waits for the device."""
         return any(bool(layer.B.any()) for layer in self.layers.values())
 
-    def _select(self, layer: MeldedLinear, state: _LayerState) -> tuple[Tensor, Tensor]:
-        """Rows to write, int64 [k], and their pending change as a B, float32 [k, r]."""
+    def _select(self, layer: MeldedLinear, state: _LayerState) -> tuple[Tensor | None, Tensor]:
+        """Rows to write, int64 [k] or None for all, and their pending change as a B [k, r]."""
         recipe, out = self.recipe, layer.out_features
         count = recipe.rows_of(out, layer.rank)
         extra = 0
         if recipe.max_age is not None:
             extra = -(-out // (recipe.max_age // recipe.every))
         pending = layer.pending()
-        score = None
-        if count + extra < out or recipe.threshold:
-            score = self._score(layer, state, pending)
-        if score is None:
-            rows = torch.arange(out, device=pending.device)
-        else:
-            rows = select_rows(score, count, state.last_written, extra)
-        change = pending[rows]
         if recipe.threshold:
-            assert state.fineness is not None
-            flips = _expected_flips(pending, state, layer.in_features)[rows]
-            change = change * (flips >= recipe.threshold * layer.in_features)[:, None]
-        return rows, change
+            enough = _expected_flips(pending, state, layer.in_features)
+            pending = pending * (enough >= recipe.threshold * layer.in_features)[:, None]
+        if count + extra >= out:
+            return None, pending
+        rows = select_rows(self._score(layer, state, pending), count, state.last_written, extra)
+        return rows, pending[rows]
 
     def _score(self, layer: MeldedLinear, state: _LayerState, pending: Tensor) -> Tensor:
         if self.recipe.select == "l1":
@@ -244,26 +235,26 @@ class ProxyUpdate:
         self,
         layer: MeldedLinear,
         state: _LayerState,
-        rows: Tensor,
+        rows: Tensor | None,
         change: Tensor,
         number: int,
         index: int,
         last: bool = False,
     ) -> RowUpdateCounts:
-        """Write rows; rows of zero change stay as they are, in B as well."""
+        """Write rows (None: all); those whose change is zero stay as they are, in B as well."""
+        if rows is None:
+            where: Tensor | slice = slice(None)
+            on_host = where
+        else:
+            where, on_host = rows, rows.cpu()
         held = (change != 0).any(dim=1)  # NaN counts as a change: it must leave B
         origin = None
         if state.original is not None and state.applied is not None:
-            device = change.device
-            on_host = rows.cpu()
-            applied = state.applied[on_host]
             usable = torch.where(torch.isfinite(change).all(dim=1, keepdim=True), change, 0.0)
-            total = applied + usable.cpu()
+            total = state.applied[on_host] + usable.cpu()
             state.applied[on_host] = total
-            origin = Origin(
-                state.original[on_host].to(device, non_blocking=True),
-                total.to(device, non_blocking=True),
-            )
+            device = change.device
+            origin = Origin(state.original[on_host].to(device), total.to(device))
         counts, kept = self.row_update(
             layer.codes,
             layer.scale,
@@ -274,10 +265,10 @@ class ProxyUpdate:
             None if last else state.gram_inverse,
         )
         left = torch.zeros_like(change) if kept is None else kept / layer.scaling
-        layer.B[rows] = torch.where(held[:, None], left, layer.B[rows])
-        state.last_written[rows] = torch.where(held, number, state.last_written[rows])
+        layer.B[where] = torch.where(held[:, None], left, layer.B[where])
+        state.last_written[where] = torch.where(held, number, state.last_written[where])
         if state.fineness is not None:
-            state.fineness[rows] = fineness(layer.codes[rows], layer.scale)
+            state.fineness[where] = fineness(layer.codes[: layer.out_features][where], layer.scale)
         return counts
 
     def _collect(
@@ -323,10 +314,16 @@ class ProxyUpdate:
             staleness=age / waiting if waiting else 0.0,
         )
 
-    def realised_by_layer(self) -> dict[str, float]:
-        """`realised_ratio` over all writes since the start, by layer; 0 where nothing was wanted."""
-        ratios = torch.where(self._wanted > 0, self._landed / self._wanted, 0.0).tolist()
-        return dict(zip(self.layers, ratios, strict=True))
+    def lengths_by_layer(self) -> dict[str, tuple[float, float]]:
+        """Wanted and landed change of each layer over all writes since the start of training.
+
+        Wanted is the root of the summed squares of the writes' wanted changes, landed what came of
+        it along them: equal if nothing is lost in rounding. Waits for the device.
+        """
+        wanted = self._wanted.sqrt()
+        landed = torch.where(wanted > 0, self._landed / wanted, 0.0)
+        pairs = zip(wanted.tolist(), landed.tolist(), strict=True)
+        return dict(zip(self.layers, pairs, strict=True))
 
     # -- state --------------------------------------------------------------------------------
 

@@ -16,8 +16,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
 from falqon.callbacks import MetricsCSV, WandbSettings, archive_previous_run, make_wandb_logger
-from falqon.callbacks.health import Fp8Metrics, Throughput
+from falqon.callbacks.health import Throughput
 from falqon.callbacks.predictions import PredictionFile
+from falqon.callbacks.proxy_monitor import ProxyMonitor
 from falqon.callbacks.report import RunReport
 from falqon.callbacks.run_checkpoint import RunCheckpoint
 from falqon.callbacks.run_dir import restore_archived_run
@@ -170,16 +171,23 @@ class FalqonCLI(LightningCLI):
         return int(checkpoint["global_step"])
 
     def after_fit(self) -> None:
-        """Validate what was trained last, if that has not happened yet, and print the report."""
+        """Validate what would be served, if that has not happened yet, and print the report.
+
+        Pending changes are written into the codes for it; the checkpoints, saved before, hold them
+        as pending.
+        """
         if self.trainer.fast_dev_run or self.trainer.interrupted:  # type: ignore[attr-defined]
             return
         report = self._get(self.config_init, "report")
+        plugin = self.trainer.precision_plugin
+        pending = isinstance(plugin, FalqonPrecision) and plugin.is_pending()
         has_validation = self.trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined()
         if (
             has_validation
             and self.trainer.limit_val_batches
-            and report.last_validated_step != self.trainer.global_step
+            and (report.last_validated_step != self.trainer.global_step or pending)
         ):
+            report.closing = True
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         report.finish(self.trainer, self.model)
 
@@ -219,7 +227,7 @@ def run(args: list[str] | None = None) -> FalqonCLI:
                 "default_root_dir": "runs/default",
                 "use_distributed_sampler": False,
                 "num_sanity_val_steps": -1,
-                "callbacks": [Throughput(), Fp8Metrics(), PredictionFile()],
+                "callbacks": [Throughput(), ProxyMonitor(), PredictionFile()],
             },
             parser_kwargs={"parser_mode": "omegaconf+"},
             auto_configure_optimizers=False,

@@ -218,6 +218,24 @@ class LitCausalLM(LightningModule):
 
     # -- validation and test ------------------------------------------------------------------
 
+    def on_validation_start(self) -> None:
+        """Outside of training, evaluate what would be served: see `_flush`."""
+        self._flush()
+
+    def on_test_start(self) -> None:
+        """Evaluate what would be served: see `_flush`."""
+        self._flush()
+
+    def on_predict_start(self) -> None:
+        """Answer with what would be served: see `_flush`."""
+        self._flush()
+
+    def _flush(self) -> None:
+        """Write what is pending in the proxy buffers, unless training goes on from here."""
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, FalqonPrecision) and self.trainer.state.fn != "fit":
+            plugin.flush()
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add a batch's loss to the sums of `val/loss`."""
         assert self.model is not None
@@ -346,3 +364,6 @@ class LitCausalLM(LightningModule):
                 f"{found.get(name)} there and {expected.get(name)} here."
             )
         self.base_loss = checkpoint.get("LitCausalLM", {}).get("base_loss")
+        if isinstance(plugin, FalqonPrecision) and self.trainer.state.fn != "fit":
+            # In fit Lightning does it; elsewhere only this, and `_flush` needs it.
+            plugin.load_state_dict(checkpoint["FalqonPrecision"])

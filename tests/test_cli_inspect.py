@@ -99,7 +99,9 @@ def test_json(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
             "B": (32 + 8 + 32) * RANK * 4,
             "other_weights": (50 * 16 + 8) * 2,
             "optimizer_state": (32 + 8 + 32) * RANK * 4 + 3 * 4,
+            "update_state": 0,
         },
+        "pending_rows": 0,
         "file_bytes": file.stat().st_size,
         "training_sha256": training_hash(falqon_checkpoint()),
     }

@@ -1,4 +1,4 @@
-"""Metrics of a run: tokens a second, and how the FP8 weights are doing."""
+"""Speed of a run: tokens a second."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from falqon.precision import FalqonPrecision
 
-
-def _is_log_step(trainer: Trainer) -> bool:
+def is_log_step(trainer: Trainer) -> bool:
     """The step that just ended is one that Lightning sends to the loggers."""
     accumulating = trainer.fit_loop._should_accumulate()
     every = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -64,7 +62,7 @@ class Throughput(Callback):
     ) -> None:
         tokens = count_tokens(batch)
         self._tokens = tokens if self._tokens is None else self._tokens + tokens
-        if not _is_log_step(trainer):
+        if not is_log_step(trainer):
             return
         pl_module.log("train/tokens_per_s", self._count(trainer, self._tokens), prog_bar=True)
 
@@ -87,15 +85,3 @@ class Throughput(Callback):
     def tokens_per_second(self) -> float:
         """Mean over the training so far, 0 before the first logged step."""
         return self.total_tokens / self.total_seconds if self.total_seconds else 0.0
-
-
-class Fp8Metrics(Callback):
-    """Logs what `FalqonPrecision.metrics` gives, at the steps that are logged."""
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        plugin = trainer.precision_plugin
-        if isinstance(plugin, FalqonPrecision) and _is_log_step(trainer):
-            pl_module.log_dict(plugin.metrics())

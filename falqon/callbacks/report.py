@@ -21,7 +21,8 @@ class RunReport(Callback):
     """Collects what a run did and prints it at its end; also writes `summary.json`.
 
     The validation loss before training is that of the full pass that Lightning makes as a sanity
-    check (`trainer.num_sanity_val_steps: -1`); it is logged as `val/loss` of step 0.
+    check (`trainer.num_sanity_val_steps: -1`); it is logged as `val/loss` of step 0. The loss after
+    training is that of the weights that would be served, with every pending change written.
 
     Args:
         sample_answer: Answer the first validation prompt before and after training.
@@ -34,6 +35,7 @@ class RunReport(Callback):
         self.loss_before: float | None = None
         self.loss_after: float | None = None
         self.last_validated_step = -1
+        self.closing = False  # validating what a training that has just ended would serve
         self.answers: list[str] = []
         self.prompt = self.reference = ""
 
@@ -44,6 +46,8 @@ class RunReport(Callback):
             return
         if not trainer.sanity_checking:
             self.loss_after, self.last_validated_step = float(loss), trainer.global_step
+            if trainer.state.fn == "validate" and self.closing and len(self.answers) == 1:
+                self._answer(trainer, pl_module)
         elif trainer.num_sanity_val_steps == float("inf"):
             self.loss_before = float(loss)
 
@@ -80,7 +84,9 @@ class RunReport(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.answers:
+        plugin = trainer.precision_plugin
+        pending = isinstance(plugin, FalqonPrecision) and plugin.is_pending()
+        if self.answers and not pending:  # else after the closing validation, which flushes
             self._answer(trainer, pl_module)
 
     # -- the end ------------------------------------------------------------------------------

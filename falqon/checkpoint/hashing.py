@@ -44,9 +44,10 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 def training_hash(checkpoint: Mapping[str, Any]) -> str:
     """SHA-256 of all that training changes in a Lightning checkpoint.
 
-    Covers the FP8 codes, their scales and the proxies B, and the whole optimizer state with its
-    parameter groups. Two runs with equal hashes are in the same state of training. A checkpoint
-    without melded layers (another method's) is covered with its whole state dict.
+    Covers the FP8 codes, their scales and the proxies B, what the update policy keeps beside them,
+    and the whole optimizer state with its parameter groups. Two runs with equal hashes are in the
+    same state of training. A checkpoint without melded layers (another method's) is covered with
+    its whole state dict.
 
     Args:
         checkpoint: A loaded checkpoint with `state_dict` and, unless it was saved weights-only,
@@ -66,6 +67,9 @@ def training_hash(checkpoint: Mapping[str, Any]) -> str:
     digest = _Digest()
     digest.add(trained or dict(state))
     digest.add(checkpoint.get("optimizer_states") or [])
+    policy = (checkpoint.get("FalqonPrecision") or {}).get("proxy") or {}
+    if policy:
+        digest.add({name: policy.get(name) for name in ("applied", "last_written", "originals")})
     return digest.hexdigest()
 
 

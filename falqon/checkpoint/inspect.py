@@ -70,7 +70,8 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
         Plain values only, ready for JSON: `path`, `method`, `global_step`, `epoch`, `settings`
         (as the precision plugin saved them), `melded` (groups of equal layers: `count`, `out`,
         `in`, `rank`), `not_melded` (name to reason), `parameters` (numbers by kind), `bytes` (by
-        kind), `file_bytes` and `training_sha256`.
+        kind), `file_bytes`, `pending_rows` (rows of B whose
+        change is not in the codes yet) and `training_sha256`.
 
     Raises:
         CheckpointError: The file cannot be read, was not made by FALQON, or its tensors do not
@@ -103,8 +104,11 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
         ],
         "not_melded": _plain(plugin.get("skipped", {})),
         "parameters": _count_parameters(state, layers),
-        "bytes": _count_bytes(state, layers, checkpoint.get("optimizer_states")),
+        "bytes": _count_bytes(state, layers, checkpoint),
         "file_bytes": file.stat().st_size,
+        "pending_rows": sum(
+            int((state[f"{layer.fqn}.B"] != 0).any(dim=1).sum()) for layer in layers
+        ),
         "training_sha256": training_hash(checkpoint),
     }
 
@@ -164,13 +168,18 @@ def _count_parameters(state: Mapping[str, Tensor], layers: list[MeldedLayer]) ->
 
 
 def _count_bytes(
-    state: Mapping[str, Tensor], layers: list[MeldedLayer], optimizer: Any
+    state: Mapping[str, Tensor], layers: list[MeldedLayer], checkpoint: Mapping[str, Any]
 ) -> dict[str, int]:
     kinds = _kinds(layers)
-    sizes = dict.fromkeys(("codes", "scales", "B", "other_weights", "optimizer_state"), 0)
+    names = ("codes", "scales", "B", "other_weights", "optimizer_state", "update_state")
+    sizes = dict.fromkeys(names, 0)
     for name, tensor in _distinct(state):
         sizes[kinds.get(name, "other_weights")] += tensor.nbytes
-    sizes["optimizer_state"] = sum(tensor.nbytes for tensor in _tensors(optimizer))
+    sizes["optimizer_state"] = sum(
+        tensor.nbytes for tensor in _tensors(checkpoint.get("optimizer_states"))
+    )
+    policy = checkpoint[PLUGIN_KEY].get("proxy")
+    sizes["update_state"] = sum(tensor.nbytes for tensor in _tensors(policy))
     return sizes
 
 
@@ -233,6 +242,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     lines.append("bytes")
     lines += [f"  {kind:<18} {number:>16,}" for kind, number in report["bytes"].items()]
     lines.append(f"  {'file':<18} {report['file_bytes']:>16,}")
+    lines.append(_row("pending rows", report["pending_rows"]))
     lines.append(_row("training SHA-256", report["training_sha256"]))
     return "\n".join(lines)
 

@@ -5,7 +5,6 @@ Two thin matmuls on tensors that exist anyway; `O_A` is part of the melded matmu
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from falqon.fp8 import E4M3

@@ -12,7 +12,7 @@ from falqon.recipe import Rounding
 
 
 class RowUpdateCounts(NamedTuple):
-    """What a row update did; scalar tensors, so that nothing waits for the device.
+    """What a row update did; scalar tensors.
 
     Attributes:
         written: rows whose change was finite and whose B was not zero, int64.
@@ -46,7 +46,7 @@ class Origin(NamedTuple):
 def row_update(
     codes: Tensor,
     scale: Tensor,
-    rows: Tensor,
+    rows: Tensor | None,
     proxy: Tensor,
     rounding: Rounding = "nearest",
     counter: tuple[int, int, int] = (0, 0, 0),
@@ -57,12 +57,13 @@ def row_update(
 
     With an origin `W[K] = Q(origin + (sum of B[K]) A)`. Rows of B that are zero leave their codes
     alone bit for bit (requantising would turn -0 into 0), and so do rows whose change is not
-    finite: a NaN gradient must not reach the weights.
+    finite: a NaN gradient must not reach the weights. (This reference waits for the device to tell
+    which rows these are.)
 
     Args:
         codes: merged weight, uint8 [out + r, in] (or float32: then the change is added exactly).
         scale: float32 [1].
-        rows: int64 [k], distinct, in [0, out).
+        rows: int64 [k], distinct, in [0, out); None means all of them in their order.
         proxy: B[K], float32 [k, r].
         rounding: `nearest` or `stochastic`.
         counter: seed, step and layer of the stochastic rounding's random bits; the row and column
@@ -75,51 +76,101 @@ def row_update(
         Counts over the written rows, and with `gram_inverse` the remainder as a B, float32 [k, r]
         (zero in rows that were not written).
     """
-    rank = proxy.shape[1]
-    a_codes, old = codes[codes.shape[0] - rank :], codes[rows]
-    exact = codes.dtype != torch.uint8
-    # In units of codes, that is multiplied by the scale, which cancels in B A. A finite B can still
-    # overflow here, to infinity or to NaN.
-    adapter = a_codes if exact else decode(a_codes, E4M3)
-    before = old if exact else decode(old, E4M3)
+    keep = torch.isfinite(proxy.sum(dim=1)) & (proxy != 0).any(dim=1)
+    if bool(keep.all()):
+        wanted, target = _targets(codes, scale, rows, proxy, origin)
+        # A sum is finite only if all its terms are. A finite B can still overflow in B A.
+        keep = torch.isfinite(wanted.sum(dim=1) + target.sum(dim=1))
+        if bool(keep.all()):
+            return _write(codes, scale, rows, wanted, target, rounding, counter, gram_inverse)
+    # Selecting rows and starting again costs less than masking whole matrices every time.
+    number = torch.arange(len(proxy), device=proxy.device) if rows is None else rows
+    if origin is not None:
+        origin = Origin(origin.values[keep], origin.total[keep])
+    counts, some = row_update(
+        codes, scale, number[keep], proxy[keep], rounding, counter, origin, gram_inverse
+    )
+    remainder = None
+    if some is not None:
+        remainder = proxy.new_zeros(proxy.shape)
+        remainder[keep] = some
+    return counts, remainder
+
+
+def _targets(
+    codes: Tensor, scale: Tensor, rows: Tensor | None, proxy: Tensor, origin: Origin | None
+) -> tuple[Tensor, Tensor]:
+    """Wanted change, and the values to round, float32 [k, in] in units of codes.
+
+    Values are multiplied by the scale there, which cancels in B A.
+    """
+    split = codes.shape[0] - proxy.shape[1]
+    adapter = _values(codes[split:])
     wanted = proxy @ adapter
     if origin is None:
-        target = before + wanted
-    else:
-        values = origin.values
-        start = decode(values, E4M3) if values.dtype == torch.uint8 else values.float() * scale
-        target = torch.addmm(start, origin.total, adapter)
-    # A sum is finite only if all its terms are: one pass over the change, none over B.
-    finite = torch.isfinite(wanted.sum(dim=1) + target.sum(dim=1)) & torch.isfinite(proxy.sum(1))
-    live = (finite & (proxy != 0).any(dim=1))[:, None]
+        return wanted, _values(_rows_of(codes[:split], rows)) + wanted
+    exact = origin.values.dtype == torch.uint8
+    start = decode(origin.values, E4M3) if exact else origin.values.float() * scale
+    return wanted, torch.addmm(start, origin.total, adapter)
+
+
+def _write(
+    codes: Tensor,
+    scale: Tensor,
+    rows: Tensor | None,
+    wanted: Tensor,
+    target: Tensor,
+    rounding: Rounding,
+    counter: tuple[int, int, int],
+    gram_inverse: Tensor | None,
+) -> tuple[RowUpdateCounts, Tensor | None]:
+    """Round, write and count; every row counts as written."""
+    exact = codes.dtype != torch.uint8
+    out = len(wanted) if rows is None else None
+    old = _rows_of(codes[:out], rows)
     if exact:
-        new = torch.where(live, target, old)
+        new = target
+    elif rounding == "nearest":
+        new = encode(target, E4M3)
     else:
-        if rounding == "nearest":
-            new = encode(target, E4M3)
-        else:
-            seed, step, layer = counter
-            columns = torch.arange(codes.shape[1], device=codes.device)
-            bits = philox(seed, columns[None, :], rows[:, None], step, layer)
-            new = encode_stochastic(target, E4M3, bits)
-        new = torch.where(live, new, old)
-    codes[rows] = new
-    after = new if exact else decode(new, E4M3)
-    wanted = torch.where(live, wanted, torch.zeros_like(wanted))
-    # Per row in float32 and over rows in float64: exact enough for a ratio, and twice as fast.
-    unit = scale.double().square()
+        seed, step, layer = counter
+        columns = torch.arange(codes.shape[1], device=codes.device)
+        number = torch.arange(len(wanted), device=codes.device) if rows is None else rows
+        bits = philox(seed, columns[None, :], number[:, None], step, layer)
+        new = encode_stochastic(target, E4M3, bits)
+    flipped = torch.count_nonzero(new != old)
+    after = _values(new)
+    landed = (after - _values(old)).flatten()
+    saturated = torch.zeros_like(flipped)
+    if not exact:
+        largest = (new == E4M3.max_code) | (new == E4M3.max_code + 128)
+        saturated = torch.count_nonzero(largest)
+    if rows is None:
+        codes[:out] = new
+    else:
+        codes[rows] = new
+    change = wanted.flatten()
+    unit = scale.double()[0].square()
     counts = RowUpdateCounts(
-        written=live.sum(),
-        codes=live.sum() * codes.shape[1],
-        flipped=(new != old).sum(),
-        saturated=(((new & 0x7F) == E4M3.max_code) & live).sum() if not exact else live.sum() * 0,
-        projection=((after - before) * wanted).sum(dim=1).sum(dtype=torch.float64) / unit[0],
-        wanted=wanted.square().sum(dim=1).sum(dtype=torch.float64) / unit[0],
+        written=torch.full_like(flipped, len(wanted)),
+        codes=torch.full_like(flipped, wanted.numel()),
+        flipped=flipped,
+        saturated=saturated,
+        projection=torch.dot(landed, change).double() / unit,
+        wanted=torch.dot(change, change).double() / unit,
     )
     if gram_inverse is None:
         return counts, None
-    missed = torch.where(live, target - after, torch.zeros_like(target))
-    return counts, (missed @ adapter.t()) @ gram_inverse
+    adapter = _values(codes[codes.shape[0] - len(gram_inverse) :])
+    return counts, ((target - after) @ adapter.t()) @ gram_inverse
+
+
+def _values(codes: Tensor) -> Tensor:
+    return decode(codes, E4M3) if codes.dtype == torch.uint8 else codes
+
+
+def _rows_of(matrix: Tensor, rows: Tensor | None) -> Tensor:
+    return matrix if rows is None else matrix[rows]
 
 
 class RowUpdate(nn.Module):
@@ -137,16 +188,14 @@ class RowUpdate(nn.Module):
         self,
         codes: Tensor,
         scale: Tensor,
-        rows: Tensor,
+        rows: Tensor | None,
         proxy: Tensor,
         counter: tuple[int, int, int] = (0, 0, 0),
         origin: Origin | None = None,
         gram_inverse: Tensor | None = None,
     ) -> tuple[RowUpdateCounts, Tensor | None]:
         """See `row_update`."""
-        return row_update(
-            codes, scale, rows, proxy, self.rounding, counter, origin, gram_inverse
-        )
+        return row_update(codes, scale, rows, proxy, self.rounding, counter, origin, gram_inverse)
 
     def extra_repr(self) -> str:
         """What `repr` shows in the brackets."""
