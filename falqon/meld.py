@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from falqon.errors import InputError
 from falqon.fp8 import E4M3, compute_scale, dequantize, quantize
 from falqon.linear import MeldedLinear
-from falqon.recipe import Fp8Recipe, MeldRecipe
+from falqon.recipe import Adapter, Fp8Recipe, MeldRecipe
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,14 @@ class MeldReport:
     Attributes:
         converted: by full module name.
         skipped: reason by full module name, for every linear layer that was left alone.
+        adapter: where A comes from, see `MeldRecipe`.
         bytes_before, bytes_after: of the converted layers' weights; after includes scales and A,
             not B.
     """
 
     converted: dict[str, MeldedInfo] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    adapter: Adapter = "svd_error"
     bytes_before: int = 0
     bytes_after: int = 0
 
@@ -54,8 +56,13 @@ class MeldReport:
         lines = [
             f"melded {len(self.converted)} linear layers to FP8: "
             f"{self.bytes_before / 2**20:.1f} MiB of weights became "
-            f"{self.bytes_after / 2**20:.1f} MiB; the adapters hold {captured:.1%} of the "
-            "quantisation error"
+            f"{self.bytes_after / 2**20:.1f} MiB; "
+            + (
+                "the adapters are random"
+                if self.adapter == "kaiming"
+                else f"the adapters hold {captured:.1%} of the "
+                + ("quantisation error" if self.adapter == "svd_error" else "weights")
+            )
         ]
         lines += [f"left alone: {fqn} ({reason})" for fqn, reason in self.skipped.items()]
         return "\n".join(lines)
@@ -246,7 +253,7 @@ def meld(
     fp8, recipe = fp8 or Fp8Recipe(), recipe or MeldRecipe()
     if isinstance(model, (nn.Linear, MeldedLinear)):
         raise InputError("a single layer cannot be replaced in place; use falqon.meld_linear.")
-    report = MeldReport()
+    report = MeldReport(adapter=recipe.adapter)
     targets = []
     for name, reason in _plan(model, recipe):
         if reason is None:

@@ -101,8 +101,10 @@ class FalqonPrecision(Precision):
             svd=svd,
             seed=seed,
         )
-        changes = {} if rounding is None else {"rounding": rounding}
-        self.update = update_recipe(update, rows, seed=seed, **changes)
+        changes: dict[str, Any] = {} if rounding is None else {"rounding": rounding}
+        if not (isinstance(update, dict) and "seed" in update):
+            changes["seed"] = seed
+        self.update = update_recipe(update, rows, **changes)
         if dtype not in ("bf16", "fp32"):
             raise InputError(f"dtype is {dtype!r}; choose bf16 or fp32.")
         self.dtype_name = dtype
@@ -260,7 +262,7 @@ class FalqonPrecision(Precision):
 
     @override
     def state_dict(self) -> PluginState:  # type: ignore[override]
-        """Settings, step counter and amax histories."""
+        """Settings, step counter, amax histories, and what the update policy keeps."""
         return {
             "version": 2,
             "settings": self.settings(),

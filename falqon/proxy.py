@@ -70,6 +70,10 @@ def select_rows(score: Tensor, count: int, first: Tensor | None = None, extra: i
     return torch.cat([oldest, torch.sort(score, descending=True, stable=True).indices[:count]])
 
 
+_LARGEST = 1e30
+"""Of a B that can be written: B A stays finite with any A in FP8."""
+
+
 class _LayerState:
     """What the update keeps about one layer beside its parameters.
 
@@ -78,50 +82,95 @@ class _LayerState:
             -1 if none has.
         original: what rows are derived from, in host memory: uint8 or floating [out, in].
         applied: float32 [out, r] in host memory: all of B that has been written so far.
-        gram: A A^T in weight units, float32 [r, r].
-        gram_inverse: its pseudo-inverse in units of codes, float32 [r, r].
-        fineness: float32 [out]: mean of 1 / (distance to the next code) over a row, weight units.
     """
 
-    def __init__(self, layer: MeldedLinear, recipe: UpdateRecipe, original: Tensor | None) -> None:
+    def __init__(self, layer: MeldedLinear, recipe: UpdateRecipe, weight: Tensor | None) -> None:
         out, device = layer.out_features, layer.codes.device
+        self.layer = layer
         self.last_written = torch.full((out,), -1, dtype=torch.int32, device=device)
-        self.original = self.applied = self.gram_inverse = self.fineness = None
-        adapter = layer.dequantized_adapter()
-        self.gram = adapter @ adapter.t()
-        if recipe.written in ("codes", "weights"):
-            if recipe.written == "codes":
-                original = layer.codes.detach()[:out]
-            assert original is not None
+        self.original = self.applied = None
+        if recipe.keeps_originals:
             pin = device.type == "cuda"
-            # A copy, unless it is a tensor that nobody else holds.
-            keep = original.cpu() if recipe.written == "weights" else original.cpu().clone()
+            if recipe.written == "codes":
+                keep = layer.codes.detach()[:out].to("cpu", copy=True)
+            else:
+                assert weight is not None
+                keep = weight.cpu()  # nobody else holds it, so no copy
             self.original = keep.pin_memory() if pin else keep
             self.applied = torch.zeros(out, layer.rank, pin_memory=pin)
-        if recipe.written == "project":
-            gram = self.gram.double() * layer.scale.double().square()
-            self.gram_inverse = torch.linalg.pinv(gram, hermitian=True).float()
-        if recipe.select == "flips" or recipe.threshold:
-            self.fineness = fineness(layer.codes[:out], layer.scale)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what is derived from the codes, after these were loaded from a checkpoint."""
+        self._gram: Tensor | None = None
+        self._gram_inverse: Tensor | None = None
+        self._binades: Tensor | None = None
+
+    @property
+    def gram(self) -> Tensor:
+        """A A^T in weight units, float32 [r, r]."""
+        if self._gram is None:
+            adapter = self.layer.dequantized_adapter()
+            self._gram = adapter @ adapter.t()
+        return self._gram
+
+    @property
+    def gram_inverse(self) -> Tensor:
+        """Pseudo-inverse of A A^T in units of codes, float32 [r, r]."""
+        if self._gram_inverse is None:
+            gram = self.gram.double() * self.layer.scale.detach().double().square()
+            self._gram_inverse = torch.linalg.pinv(gram, hermitian=True).float()
+        return self._gram_inverse
+
+    def squares(self, pending: Tensor) -> Tensor:
+        """Squared norm of each row of B A, through A A^T; float32 [out]."""
+        return ((pending @ self.gram) * pending).sum(dim=1)
+
+    def expected_flips(self, pending: Tensor) -> Tensor:
+        """Share of each row's codes that its pending change is expected to flip, float32 [out].
+
+        Weights are taken to lie anywhere between two codes and the changes of a row to be normal.
+        A change d then flips a code whose distance to the next is u with probability
+        min(1, |d| / u), on average `erfc(x) + (1 - exp(-x^2)) / (x sqrt(pi))`, x = u / (sd sqrt 2).
+        """
+        if self._binades is None:
+            self._binades = binades(self.layer.codes[: self.layer.out_features])
+        layer = self.layer
+        deviation = (self.squares(pending).clamp(min=0) / layer.in_features).sqrt()
+        steps = _STEPS.to(deviation.device) / layer.scale.detach()
+        x = steps / (deviation[:, None] * 2**0.5)
+        share = torch.erfc(x) + (1 - (-x.square()).exp()) / (x * torch.pi**0.5)
+        # Without a change x is infinite, and the share 0.
+        return (share * self._binades).sum(dim=1)
+
+    def wrote(self, rows: Tensor | None) -> None:
+        """Look again at rows whose codes may have changed."""
+        if self._binades is None:
+            return
+        codes = self.layer.codes[: self.layer.out_features]
+        if rows is None:
+            self._binades = None
+        else:
+            self._binades[rows] = binades(codes[rows])
 
 
-_STEPS_INVERSE = torch.tensor([2.0 ** (10 - max(code >> 3, 1)) for code in range(128)])
+_STEPS = torch.tensor([2.0 ** (max(exponent, 1) - 10) for exponent in range(16)])
+"""Distance of neighbouring E4M3 values by exponent field, in units of codes."""
 
 
-def fineness(codes: Tensor, scale: Tensor) -> Tensor:
-    """How fine the FP8 grid is around a row's weights: mean of 1 / (distance to the next code).
+def binades(codes: Tensor) -> Tensor:
+    """Share of each row's codes by exponent field, which tells the distance to the next code.
 
     Args:
-        codes: uint8 [k, in] (float32: no rounding, infinitely fine).
-        scale: float32 [1].
+        codes: uint8 [k, in].
 
     Returns:
-        float32 [k].
+        float32 [k, 16].
     """
-    if codes.dtype != torch.uint8:
-        return torch.full((len(codes),), torch.inf, device=codes.device)
-    table = _STEPS_INVERSE.to(codes.device)
-    return table[(codes & 0x7F).int()].mean(dim=1) * scale
+    exponent = ((codes >> 3) & 15).long()
+    counts = torch.zeros(len(codes), 16, device=codes.device)
+    ones = torch.ones((), device=codes.device).expand(exponent.shape)
+    return counts.scatter_add_(1, exponent, ones) / codes.shape[1]
 
 
 class ProxyUpdate:
@@ -150,7 +199,13 @@ class ProxyUpdate:
             raise InputError(
                 f"the update preset {recipe.preset!r} derives rows from the original weights, and "
                 f"those of {missing[0]} are not there: the model was melded before. Use 'anchored' "
-                "(original codes), or start from the model that was not melded."
+                "(original codes) or 'written: codes', or start from a model that is not melded."
+            )
+        exact = [name for name, layer in layers.items() if layer.codes.dtype != torch.uint8]
+        if exact and (recipe.select == "flips" or recipe.threshold):
+            raise InputError(
+                "select 'flips' and threshold count FP8 codes that flip, and there are none with "
+                "the recipe 'none': leave them out."
             )
         self.row_update = RowUpdate(recipe.rounding)
         self.states = {
@@ -187,9 +242,14 @@ class ProxyUpdate:
             rows, change = self._select(layer, state)
             counts.append(self._write(layer, state, rows, change, number, index))
             written.append(index)
-            if self.recipe.unselected == "clear":
-                lost.append(squared_change(layer.pending(), state.gram))
+            if self.recipe.unselected == "clear" and rows is not None:
+                others = layer.pending().index_fill(0, rows, 0.0)
+                lost.append(state.squares(others).sum(dtype=torch.float64))
+                left = layer.B[rows].clone()
                 layer.B.zero_()
+                layer.B[rows] = left
+            elif self.recipe.unselected == "clear":
+                lost.append(torch.zeros((), dtype=torch.float64, device=layer.B.device))
         self._collect(counts, lost, written)
 
     @torch.no_grad()
@@ -217,19 +277,22 @@ class ProxyUpdate:
             extra = -(-out // (recipe.max_age // recipe.every))
         pending = layer.pending()
         if recipe.threshold:
-            enough = _expected_flips(pending, state, layer.in_features)
-            pending = pending * (enough >= recipe.threshold * layer.in_features)[:, None]
+            enough = state.expected_flips(pending) >= recipe.threshold
+            pending = torch.where(enough[:, None], pending, 0.0)
         if count + extra >= out:
             return None, pending
-        rows = select_rows(self._score(layer, state, pending), count, state.last_written, extra)
+        # A row that nothing is pending for does not wait for its turn.
+        waiting = (pending != 0).any(dim=1)
+        since = torch.where(waiting, state.last_written, torch.iinfo(torch.int32).max)
+        rows = select_rows(self._score(state, pending), count, since, extra)
         return rows, pending[rows]
 
-    def _score(self, layer: MeldedLinear, state: _LayerState, pending: Tensor) -> Tensor:
+    def _score(self, state: _LayerState, pending: Tensor) -> Tensor:
         if self.recipe.select == "l1":
             return pending.abs().sum(dim=1)
         if self.recipe.select == "norm":
-            return ((pending @ state.gram) * pending).sum(dim=1)
-        return _expected_flips(pending, state, layer.in_features)
+            return state.squares(pending)
+        return state.expected_flips(pending)
 
     def _write(
         self,
@@ -250,11 +313,14 @@ class ProxyUpdate:
         held = (change != 0).any(dim=1)  # NaN counts as a change: it must leave B
         origin = None
         if state.original is not None and state.applied is not None:
-            usable = torch.where(torch.isfinite(change).all(dim=1, keepdim=True), change, 0.0)
-            total = state.applied[on_host] + usable.cpu()
+            # What would overflow in B A is not written, and must not stay in the sum for good.
+            usable = (change.abs().amax(dim=1, keepdim=True) < _LARGEST).expand_as(change)
+            change = torch.where(usable, change, torch.nan)
+            total = state.applied[on_host] + torch.where(usable, change, 0.0).cpu()
             state.applied[on_host] = total
             device = change.device
             origin = Origin(state.original[on_host].to(device), total.to(device))
+        project = self.recipe.written == "project" and not last
         counts, kept = self.row_update(
             layer.codes,
             layer.scale,
@@ -262,13 +328,12 @@ class ProxyUpdate:
             change,
             (self.recipe.seed, number, index),
             origin,
-            None if last else state.gram_inverse,
+            state.gram_inverse if project else None,
         )
         left = torch.zeros_like(change) if kept is None else kept / layer.scaling
         layer.B[where] = torch.where(held[:, None], left, layer.B[where])
         state.last_written[where] = torch.where(held, number, state.last_written[where])
-        if state.fineness is not None:
-            state.fineness[where] = fineness(layer.codes[: layer.out_features][where], layer.scale)
+        state.wrote(rows)
         return counts
 
     def _collect(
@@ -298,7 +363,7 @@ class ProxyUpdate:
             state, change = self.states[name], layer.pending()
             waiting = (change != 0).any(dim=1)
             age = (self._number - state.last_written) * waiting
-            left = squared_change(change, state.gram)
+            left = state.squares(change).sum(dtype=torch.float64)
             pending.append(torch.stack([left, age.sum().double(), waiting.sum().double()]))
         sums = torch.cat([torch.stack(self._counts), torch.stack(pending).sum(dim=0)]).tolist()
         written, written_codes, flipped, saturated, projection, wanted, lost, *sums = sums
@@ -334,7 +399,7 @@ class ProxyUpdate:
             "landed": self._landed,
             "wanted": self._wanted,
         }
-        if self.recipe.written in ("codes", "weights"):
+        if self.recipe.keeps_originals:
             state["applied"] = {name: s.applied for name, s in self.states.items()}
             state["originals"] = self._hash_originals()
         return state
@@ -352,41 +417,18 @@ class ProxyUpdate:
                 f"{state.get('originals', 'none')[:12]}. Give the same model (and revision)."
             )
         for name, own in self.states.items():
+            own.forget()
             own.last_written.copy_(state["last_written"][name])
             if own.applied is not None:
                 own.applied.copy_(state["applied"][name])
-        self._landed = state["landed"].to(self._landed.device)
-        self._wanted = state["wanted"].to(self._wanted.device)
+        self._landed = state["landed"].clone()
+        self._wanted = state["wanted"].clone()
 
     def _hash_originals(self) -> str:
         """SHA-256 over the originals, which never change; empty if there are none."""
-        if self.recipe.written not in ("codes", "weights"):
+        if not self.recipe.keeps_originals:
             return ""
         if self._originals_hash is None:
             originals = {n: s.original for n, s in self.states.items() if s.original is not None}
             self._originals_hash = hash_tensors(originals)
         return self._originals_hash
-
-
-def squared_change(pending: Tensor, gram: Tensor) -> Tensor:
-    """Squared norm of B A, through the r x r matrix A A^T; float64 scalar.
-
-    Args:
-        pending: B, float32 [out, r].
-        gram: A A^T, float32 [r, r].
-    """
-    return ((pending @ gram) * pending).sum(dtype=torch.float64)
-
-
-def _expected_flips(pending: Tensor, state: _LayerState, in_features: int) -> Tensor:
-    """Codes of each row that its pending change is expected to flip, float32 [out].
-
-    A change d that is small against the distance u of two codes moves a weight over the rounding
-    threshold with probability |d| / u; with d normal of row i's standard deviation, the mean of |d|
-    is sqrt(2 / pi) of it.
-    """
-    assert state.fineness is not None
-    mean_square = ((pending @ state.gram) * pending).sum(dim=1).clamp(min=0) / in_features
-    share = (mean_square * (2 / torch.pi)).sqrt() * state.fineness
-    share = torch.where(mean_square > 0, share, torch.zeros_like(share))  # infinitely fine times 0
-    return share.clamp(max=1.0) * in_features

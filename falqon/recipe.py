@@ -170,7 +170,11 @@ class MeldRecipe:
         _one_of(name, "svd", self.svd, ("randomized", "full"))
         _one_of(name, "adapter", self.adapter, get_args(Adapter))
         alpha = self.lora_alpha
-        if alpha is not None and not (0 < alpha < math.inf):
+        if alpha is not None and (
+            isinstance(alpha, bool)
+            or not isinstance(alpha, (int, float))
+            or not 0 < alpha < math.inf
+        ):
             raise InputError(f"lora_alpha is {alpha!r}; it must be a positive number, or None.")
         for key in ("oversampling", "power_iterations"):
             if getattr(self, key) < 0:
@@ -236,7 +240,8 @@ class UpdateRecipe:
         _one_of(name, "select", self.select, get_args(Selection))
         _one_of(name, "unselected", self.unselected, ("keep", "clear"))
         _one_of(name, "written", self.written, get_args(Written))
-        _one_of(name, "live", self.live, (True, False))
+        if not isinstance(self.live, bool):
+            raise InputError(f"{name}.live is {self.live!r}; write true or false.")
         _one_of(name, "rounding", self.rounding, get_args(Rounding))
         for key, value in (("every", self.every), ("max_age", self.max_age)):
             if value is not None and (
@@ -247,7 +252,7 @@ class UpdateRecipe:
             raise InputError(
                 f"{name}.max_age is {self.max_age}, but rows are written every {self.every} steps."
             )
-        if not 0 <= self.threshold <= 1:
+        if not isinstance(self.threshold, (int, float)) or not 0 <= self.threshold <= 1:
             raise InputError(f"{name}.threshold is {self.threshold!r}; it is a share, 0 to 1.")
         if self.threshold and self.max_age is not None:
             raise InputError(
@@ -273,6 +278,11 @@ class UpdateRecipe:
                 raise InputError("rows is 1.0; write 1 for one row, or 'all' for every row.")
             object.__setattr__(self, "rows", int(rows))
 
+    @property
+    def keeps_originals(self) -> bool:
+        """Written rows are derived from original codes or weights."""
+        return self.written in ("codes", "weights")
+
     def rows_of(self, out_features: int, rank: int) -> int:
         """Number of rows to write in a layer of `out_features` rows and adapter rank `rank`."""
         if self.rows == "rank":
@@ -290,7 +300,7 @@ PRESETS: dict[str, UpdateRecipe] = {
     "feedback": UpdateRecipe(preset="feedback", rows="rank", written="project"),
     "anchored": UpdateRecipe(preset="anchored", rows="rank", written="codes"),
     "master": UpdateRecipe(preset="master", rows="rank", written="weights"),
-    "live": UpdateRecipe(preset="live", rows="rank", written="project", live=True),
+    "live": UpdateRecipe(preset="live", rows="rank", written="weights", live=True),
 }
 """Named update policies, described in docs/method.md. `paper` is the paper's rule, `released` that
 of its published code."""

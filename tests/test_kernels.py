@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from falqon.fp8 import E4M3, E5M2, Format, decode, encode, encode_stochastic, philox, quantize
 from falqon.kernels import (
     MeldedMatmul,
+    Origin,
     PassThrough,
     Quantize,
     RowUpdate,
@@ -227,7 +228,9 @@ def test_update_is_dequantise_add_requantise(rounding: ScaleRounding) -> None:
 
 def test_update_on_exact_numbers() -> None:
     codes = encode(torch.tensor([[1.0, 2.0, -8.0], [0.5, 1.0, 0.0], [2.0, 0.0, 8.0]]), E4M3)
-    counts, _ = row_update(codes, torch.tensor([4.0]), torch.tensor([0]), torch.tensor([[0.25, 0.75]]))
+    counts, _ = row_update(
+        codes, torch.tensor([4.0]), torch.tensor([0]), torch.tensor([[0.25, 0.75]])
+    )
     # 0.25 [0.5 1 0] + 0.75 [2 0 8] = [1.625 0.25 6]; 2.625 -> 2.5 or 2.75: the even 2.5.
     assert decode(codes, E4M3).tolist() == [[2.5, 2.25, -2.0], [0.5, 1.0, 0.0], [2.0, 0.0, 8.0]]
     assert [int(c) for c in counts[:4]] == [1, 3, 3, 0]
@@ -337,3 +340,133 @@ def test_row_update_module_takes_its_rounding() -> None:
         RowUpdate(rounding)(by_module, scale, rows, proxy, (1, 2, 3))
         row_update(by_function, scale, rows, proxy, rounding, (1, 2, 3))
         assert torch.equal(by_module, by_function)
+
+
+# -- all rows, origins and remainders -----------------------------------------------------------
+
+
+def gram_inverse(codes: Tensor) -> Tensor:
+    adapter = decode(codes[OUT:], E4M3).double()
+    return torch.linalg.pinv(adapter @ adapter.t(), hermitian=True).float()
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("kind", ["nearest", "stochastic", "exact"])
+@pytest.mark.parametrize("origin", [None, "codes", "weights"])
+@pytest.mark.parametrize("some_are_not_written", [False, True])
+def test_no_rows_means_all_rows(kind: str, origin: str | None, some_are_not_written: bool) -> None:
+    start, scale = backbone()
+    inverse = gram_inverse(start)
+    proxy = 0.05 * random(OUT, RANK, seed=5)
+    if some_are_not_written:
+        proxy[[0, 7]], proxy[11, 2] = 0.0, float("nan")
+    total = proxy.nan_to_num(0.0) + 0.05 * random(OUT, RANK, seed=6)
+    values_of = {"codes": backbone(seed=9)[0][:OUT], "weights": random(OUT, IN, seed=9)}
+    source = None if origin is None else Origin(values_of[origin], total)
+    if kind == "exact":
+        start = decode(start, E4M3)
+    rounding: Rounding = "stochastic" if kind == "stochastic" else "nearest"
+    results = []
+    for rows in (None, torch.arange(OUT)):
+        codes = start.clone()
+        counts, rest = row_update(codes, scale, rows, proxy, rounding, (1, 2, 3), source, inverse)
+        assert rest is not None
+        results.append((codes, rest, counts))
+    (codes, rest, counts), (by_number, its_rest, its_counts) = results
+    assert torch.equal(bits(codes), bits(by_number))
+    assert torch.equal(bits(rest), bits(its_rest))
+    assert [float(c) for c in counts] == [float(c) for c in its_counts]
+    assert counts.written == (OUT - 3 if some_are_not_written else OUT)
+    assert (codes != start)[1:7].any(dim=1).all()
+
+
+@pytest.mark.parametrize("rounding", ["power_of_two", "none"])
+@pytest.mark.parametrize("kind", ["codes", "float32", "bfloat16"])
+def test_update_from_an_origin(rounding: ScaleRounding, kind: str) -> None:
+    codes, scale = backbone(rounding=rounding)
+    before, rows = codes.clone(), torch.tensor([20, 0, 7, 8])
+    proxy, total = 0.1 * random(4, RANK, seed=5), 0.3 * random(4, RANK, seed=6)
+    if kind == "codes":
+        source = backbone(seed=9, rounding=rounding)[0][rows]
+        start = decode(source, E4M3)
+    else:
+        source = random(4, IN, seed=9).to(getattr(torch, kind))
+        start = source.float() * scale
+    kept = source.clone()
+    counts, rest = row_update(codes, scale, rows, proxy, origin=Origin(source, total))
+    assert rest is None
+    # The codes at hand do not matter, but for the counts of what changed.
+    adapter = decode(before[OUT:], E4M3)
+    assert torch.equal(codes[rows], encode(start + total @ adapter, E4M3))
+    assert torch.equal(source, kept)
+    assert counts.flipped == (codes != before).sum()
+    wanted = (proxy.double() @ values(before[OUT:], scale, E4M3)).square().sum()
+    # A float32 sum of squares of float32 products.
+    assert abs(float(counts.wanted) - float(wanted)) <= 1e-5 * float(wanted)
+    others = torch.tensor([i for i in range(OUT + RANK) if i not in rows.tolist()])
+    assert torch.equal(codes[others], before[others])
+
+
+@pytest.mark.parametrize("kind", ["nearest", "stochastic"])
+@pytest.mark.parametrize("with_origin", [False, True])
+def test_remainder_is_the_projection_of_what_rounding_left(kind: str, with_origin: bool) -> None:
+    codes, scale = backbone()
+    before, proxy = codes.clone(), 0.05 * random(OUT, RANK, seed=5)
+    proxy[[0, 7, 8]] = 0.0
+    total, weights = proxy + 0.05 * random(OUT, RANK, seed=6), random(OUT, IN, seed=9)
+    origin = Origin(weights, total) if with_origin else None
+    rounding: Rounding = "stochastic" if kind == "stochastic" else "nearest"
+    rows = torch.arange(OUT)
+    _, rest = row_update(
+        codes, scale, rows, proxy, rounding, (1, 2, 3), origin, gram_inverse(before)
+    )
+    assert rest is not None
+    adapter = decode(before[OUT:], E4M3).double()
+    target = decode(before[:OUT], E4M3).double() + proxy.double() @ adapter
+    if with_origin:
+        target = weights.double() * scale.double() + total.double() @ adapter
+    left = target - decode(codes[:OUT], E4M3).double()
+    expected = torch.linalg.lstsq(adapter.t(), left.t()).solution.t()
+    expected[[0, 7, 8]] = 0.0
+    assert not rest[[0, 7, 8]].any()
+    assert torch.equal(codes[[0, 7, 8]], before[[0, 7, 8]])
+    # What is left of float32 numbers up to 448 is of size 1 to 16, and off by 2^-16 at most.
+    assert (rest - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("every_row", [False, True])
+def test_damaged_row_stays_alone_with_origin_and_remainder(bad: float, every_row: bool) -> None:
+    start, scale = backbone()
+    start[OUT:] = start[OUT : OUT + 1]  # so that 3e38 overflows: B A adds up
+    inverse = gram_inverse(start)
+    proxy, weights = 0.05 * random(OUT, RANK, seed=5), random(OUT, IN, seed=9)
+    proxy[4] = bad
+    codes, good = start.clone(), torch.tensor([i for i in range(OUT) if i != 4])
+    rows = None if every_row else torch.arange(OUT)
+    counts, rest = row_update(
+        codes, scale, rows, proxy, origin=Origin(weights, proxy), gram_inverse=inverse
+    )
+    assert torch.equal(codes[4], start[4])
+    assert counts.written == OUT - 1
+    assert all(torch.isfinite(c.double()) for c in counts)
+    alone = start.clone()
+    expected, its_rest = row_update(
+        alone,
+        scale,
+        good,
+        proxy[good],
+        origin=Origin(weights[good], proxy[good]),
+        gram_inverse=inverse,
+    )
+    assert rest is not None
+    assert its_rest is not None
+    assert torch.equal(codes, alone)
+    assert (codes != start)[good].any(dim=1).all()
+    assert [float(c) for c in counts] == [float(c) for c in expected]
+    assert torch.equal(rest[good], its_rest)
+    assert rest[good].any()
+    assert not rest[4].any()

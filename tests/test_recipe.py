@@ -151,9 +151,7 @@ def test_update_presets() -> None:
     assert update_recipe("paper") is not None
     assert update_recipe("paper").rows == 10
     changed = update_recipe("released", 3, rounding="stochastic", seed=7)
-    assert changed == UpdateRecipe(
-        "released", 3, unselected="clear", rounding="stochastic", seed=7
-    )
+    assert changed == UpdateRecipe("released", 3, unselected="clear", rounding="stochastic", seed=7)
     with pytest.raises(InputError, match="unknown update preset 'best'; choose one of anchored"):
         update_recipe("best")
     with pytest.raises(InputError, match="rows is -2"):
