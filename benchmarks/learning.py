@@ -47,12 +47,14 @@ class Method:
         rates: learning rates to try.
         policy: fields of the update recipe; None for LoRA.
         plugin: other arguments of `FalqonPrecision`.
+        closing: last steps in which nothing is pending: all rows are written in each.
     """
 
     name: str
     rates: tuple[float, ...]
     policy: dict[str, Any] | None
     plugin: dict[str, Any] = field(default_factory=dict)
+    closing: int = 0
 
 
 @dataclass
@@ -69,7 +71,8 @@ def parse_method(text: str, rates: tuple[float, ...], lora_rates: tuple[float, .
     """`lora`, a preset, or a preset with changes: `PRESET:key=value,key=value`.
 
     Keys are fields of `UpdateRecipe`, or `rank`, `adapter`, `recipe` and the like of
-    `FalqonPrecision`.
+    `FalqonPrecision`; `closing=n` writes all rows in each of the last n steps, so that what is
+    trained last is what is served.
     """
     preset, _, changes = text.partition(":")
     if preset == "lora":
@@ -82,8 +85,9 @@ def parse_method(text: str, rates: tuple[float, ...], lora_rates: tuple[float, .
         key, _, value = part.partition("=")
         owner = policy if key in PRESETS[preset].__dataclass_fields__ else plugin
         owner[key] = yaml.safe_load(value)
+    closing = int(plugin.pop("closing", 0))
     FalqonPrecision(update=policy, **plugin)  # a mistake is told before any work
-    return Method(text, rates, policy, plugin)
+    return Method(text, rates, policy, plugin, closing)
 
 
 class Study:
@@ -150,6 +154,8 @@ class Study:
             middle = time.perf_counter()
             if plugin is not None and plugin.proxy_update is not None:
                 plugin.proxy_update.step(step)
+                if step >= steps - method.closing:
+                    plugin.flush()
                 plugin.steps += 1
             end = time.perf_counter()
             total, updating = total + end - start, updating + end - middle
