@@ -12,13 +12,13 @@ from falqon.errors import InputError
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
 """The Stanford Alpaca prompt for rows with an input."""
 
 ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
 )
 """The Stanford Alpaca prompt for rows without an input."""
 

@@ -77,7 +77,7 @@ class FalqonPrecision(Precision):
     def __init__(
         self,
         rank: int = 64,
-        update: str | dict[str, Any] = "paper",
+        update: str | dict[str, Any] = "live",
         rows: int | float | str | None = None,
         recipe: str | dict[str, Any] | Fp8Recipe = "default",
         rounding: Rounding | None = None,

@@ -39,7 +39,7 @@ def test_alpaca_prompt_is_the_published_one(tokenizer: Any) -> None:
     text, learned = encode(tokenizer, AlpacaPrompt("</s>"), ONE)
     assert text == (
         "Below is an instruction that describes a task. Write a response that appropriately "
-        "completes the request.\n\n### Instruction:\nName a colour.\n\n### Response:\n"
+        "completes the request.\n\n### Instruction:\nName a colour.\n\n### Response:"
         "Red, of course.</s>"
     )
     assert learned == ["Red, of course.</s>"]
@@ -50,7 +50,7 @@ def test_alpaca_prompt_with_input(tokenizer: Any) -> None:
     assert text == (
         "Below is an instruction that describes a task, paired with an input that provides further "
         "context. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nAdd one.\n\n### Input:\nTwo\n\n### Response:\nThree.</s>"
+        "### Instruction:\nAdd one.\n\n### Input:\nTwo\n\n### Response:Three.</s>"
     )
     assert learned == ["Three.</s>"]
 

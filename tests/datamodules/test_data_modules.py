@@ -161,7 +161,7 @@ def test_prompts_have_no_response_and_lead_up_to_it(
             strict=True,
         ):
             prompt = module.tokenizer.decode(ids[mask.bool()].tolist())
-            assert mask[-1] == 1 and prompt.endswith("### Response:\n")
+            assert mask[-1] == 1 and prompt.endswith("### Response:")
             assert text.split("\n\n")[0] in prompt and reference not in prompt
     sample, text, reference = module.sample_prompt()
     assert sample["input_ids"].shape[0] == 1
@@ -190,7 +190,7 @@ def test_print_sample_marks_what_is_learned(
     assert out.count("--- training example") == 2
     assert "--- training example 1 of 2: " in out and " supervised (between >>> and <<<)" in out
     assert (
-        "Count to number 0.\n\n### Input:\nStart at 0.\n\n### Response:\n>>>0 end 0.</s><<<" in out
+        "Count to number 0.\n\n### Input:\nStart at 0.\n\n### Response:>>>0 end 0.</s><<<" in out
     )
 
 
