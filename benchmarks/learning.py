@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,10 @@ def parse_method(text: str, rates: tuple[float, ...], lora_rates: tuple[float, .
         owner = policy if key in PRESETS[preset].__dataclass_fields__ else plugin
         owner[key] = yaml.safe_load(value)
     closing = int(plugin.pop("closing", 0))
-    FalqonPrecision(update=policy, **plugin)  # a mistake is told before any work
+    try:
+        FalqonPrecision(update=policy, **plugin)  # a mistake is told before any work
+    except TypeError as error:
+        raise InputError(f"method {text!r}: {error}.") from error
     return Method(text, rates, policy, plugin, closing)
 
 
@@ -109,14 +112,18 @@ class Study:
         data.setup("fit")
         self.data = data
         self.validation: list[Batch] = list(data.val_dataloader())
-        self.base = load_model(args.model)
+        self.base = load_model(args.model).to(args.device)
 
     def batches(self, seed: int) -> Iterator[Batch]:
         """Batches of a seed's order, for as many epochs as it takes."""
         self.data.seed = seed
         loader = self.data.train_dataloader()
-        while True:
+        for epoch in count():
+            loader.batch_sampler.set_epoch(epoch)
             yield from loader
+
+    def _move(self, batch: Batch) -> Batch:
+        return {k: v.to(self.args.device) for k, v in batch.items() if isinstance(v, Tensor)}
 
     @torch.no_grad()
     def loss(self, model: nn.Module) -> float:
@@ -124,14 +131,14 @@ class Study:
         model.eval()
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in self.validation:
-            sums += torch.stack(supervised_loss(model, batch)).double()
+            sums += torch.stack(supervised_loss(model, self._move(batch))).double().cpu()
         model.train()
         return float(sums[0] / sums[1])
 
     def run(self, method: Method, rate: float, seed: int) -> Run:
         """Train with one method."""
         torch.manual_seed(seed)
-        model, plugin = self._prepare(method)
+        model, plugin = self._prepare(method, seed)
         trainable = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=0.0, fused=True)
         steps = self.args.steps
@@ -144,7 +151,7 @@ class Study:
         total = updating = 0.0
         for step, batch in enumerate(islice(self.batches(seed), steps)):
             start = time.perf_counter()
-            loss, tokens = supervised_loss(model, batch)
+            loss, tokens = supervised_loss(model, self._move(batch))
             (loss / tokens).backward()
             torch.nn.utils.clip_grad_norm_(trainable, self.args.clip)
             optimizer.step()
@@ -163,12 +170,12 @@ class Study:
                 losses[step + 1] = served()
                 print(f"  step {step + 1}: {losses[step + 1]:.4f}", flush=True)
         changed = 0.0
-        if plugin is not None:
+        if plugin is not None and plugin.fp8.emulate == "fp8":
             plugin.flush()
             changed = _changed_share(self.base, model, plugin)
         return Run(losses, total / steps, updating / steps, changed)
 
-    def _prepare(self, method: Method) -> tuple[nn.Module, FalqonPrecision | None]:
+    def _prepare(self, method: Method, seed: int) -> tuple[nn.Module, FalqonPrecision | None]:
         model = deepcopy(self.base)
         if method.policy is None:
             from peft import LoraConfig, get_peft_model
@@ -182,7 +189,8 @@ class Study:
             lora = get_peft_model(model, config)  # type: ignore[arg-type]
             lora.train()
             return lora, None
-        plugin = FalqonPrecision(**{"rank": self.args.rank, **method.plugin}, update=method.policy)
+        settings = {"rank": self.args.rank, "seed": seed, **method.plugin}
+        plugin = FalqonPrecision(**settings, update=method.policy)
         plugin.convert(model)
         model.train()
         return model, plugin
@@ -215,7 +223,7 @@ def _changed_share(base: nn.Module, model: nn.Module, plugin: FalqonPrecision) -
     changed = total = 0
     for name, layer in plugin.layers.items():
         weight = base.get_submodule(name).weight.float()  # type: ignore[union-attr, operator]
-        codes, _ = quantize(weight, E4M3, scale=layer.scale)
+        codes, _ = quantize(weight, E4M3, scale=layer.scale.detach())
         changed += int((codes != layer.codes[: layer.out_features]).sum())
         total += codes.numel()
     return changed / total
@@ -366,6 +374,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3])
     parser.add_argument("--lora-rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("runs/learning"))
     args = parser.parse_args(argv)
     try:

@@ -137,8 +137,8 @@ def encode_stochastic(x: Tensor, fmt: Format, random_bits: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def _pair_table(fmt: Format, dtype: torch.dtype) -> Tensor:
     """Two-byte lookup: entry i holds the values of codes i & 255 and i >> 8, as one integer."""
-    codes = torch.arange(256, dtype=torch.uint8).view(fmt.dtype).to(dtype)
-    pairs = torch.arange(1 << 16)
+    codes = torch.arange(256, dtype=torch.uint8, device="cpu").view(fmt.dtype).to(dtype)
+    pairs = torch.arange(1 << 16, device="cpu")
     both = torch.int32 if dtype == torch.bfloat16 else torch.int64
     return torch.stack([codes[pairs & 255], codes[pairs >> 8]], dim=1).view(both).flatten()
 

@@ -36,7 +36,7 @@ class _MeldedFunction(torch.autograd.Function):
         # changed in between.
         ctx.save_for_backward(adapter, codes, scale, *((proxy,) if layer.live else ()))
         if layer.live:
-            layer.pending_term(out, adapter, proxy * layer.scaling)
+            layer.pending_term(out, adapter, proxy * layer.lora_scaling)
         ctx.layer = layer
         return out
 
@@ -50,9 +50,11 @@ class _MeldedFunction(torch.autograd.Function):
             grad_codes, grad_scale = layer.quantize_gradient(grad)
             grad_input = layer.backbone_matmul(grad_codes, grad_scale, codes, scale, grad.dtype)
             for proxy in live:
-                layer.pending_term.backward(grad_input, grad, proxy * layer.scaling, codes, scale)
+                layer.pending_term.backward(
+                    grad_input, grad, proxy * layer.lora_scaling, codes, scale
+                )
         if ctx.needs_input_grad[3]:
-            grad_proxy = layer.proxy_grad(grad, adapter).mul_(layer.scaling)
+            grad_proxy = layer.proxy_grad(grad, adapter).mul_(layer.lora_scaling)
         if ctx.needs_input_grad[4]:
             grad_bias = grad.sum(dim=0, dtype=torch.float32).to(grad.dtype)
         return grad_input, None, None, grad_proxy, grad_bias, None
@@ -75,7 +77,7 @@ class MeldedLinear(nn.Module):
         recipe: FP8 recipe.
         device: of the parameters.
         dtype: of the bias.
-        scaling: factor of B A, LoRA's alpha / r.
+        lora_scaling: factor of B A, LoRA's alpha / r.
 
     Attributes:
         codes: uint8 [out + r, in], frozen (with `emulate: none` float32): E4M3 bytes of the
@@ -95,13 +97,13 @@ class MeldedLinear(nn.Module):
         recipe: Fp8Recipe | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.bfloat16,
-        scaling: float = 1.0,
+        lora_scaling: float = 1.0,
     ) -> None:
         super().__init__()
         recipe = recipe or Fp8Recipe()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.recipe = recipe
-        self.scaling = scaling
+        self.lora_scaling = lora_scaling
         self.live = False
         exact = recipe.emulate == "none"
 
@@ -158,7 +160,7 @@ class MeldedLinear(nn.Module):
     @torch.no_grad()
     def pending(self) -> Tensor:
         """B times the LoRA scaling, float32 [out, r]: the pending change is this times A."""
-        return self.B.detach() * self.scaling
+        return self.B.detach() * self.lora_scaling
 
     @torch.no_grad()
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -112,9 +112,9 @@ def _svd_adapter(matrix: Tensor, recipe: MeldRecipe, seed: int) -> tuple[Tensor,
 
 def _kaiming_adapter(weight: Tensor, recipe: MeldRecipe, seed: int) -> Tensor:
     """Uniform in +-1/sqrt(in), as LoRA's A is; drawn on the CPU to be the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     bound = weight.shape[1] ** -0.5
-    random = torch.rand(recipe.rank, weight.shape[1], generator=generator)
+    random = torch.rand(recipe.rank, weight.shape[1], generator=generator, device="cpu")
     return ((2 * random - 1) * bound).to(weight.device)
 
 
@@ -180,7 +180,7 @@ def meld_linear(
         device: where to compute and to put the result; the layer's own if None.
 
     Returns:
-        The melded layer and the share of the quantisation error that its adapter holds.
+        The melded layer and what its adapter holds, see `meld_weight`.
 
     Raises:
         InputError: for NaN or infinity in the weight, a weight without data, or a rank larger than
@@ -207,7 +207,7 @@ def meld_linear(
         bias=linear.bias is not None,
         recipe=fp8,
         device=target,
-        scaling=recipe.scaling,
+        lora_scaling=recipe.lora_scaling,
     )
     melded.codes.data, melded.scale.data = codes, scale
     if linear.bias is not None:

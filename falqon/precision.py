@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from falqon.checkpoint.hashing import hash_tensors
 from falqon.errors import InputError
 from falqon.linear import MeldedLinear
 from falqon.meld import MeldReport, meld, melded_layers, targets
 from falqon.proxy import ProxyUpdate
 from falqon.recipe import (
+    DEFAULT_PRESET,
     Adapter,
     Fp8Recipe,
     MeldRecipe,
@@ -29,6 +31,8 @@ from falqon.recipe import (
 )
 from falqon.scaling import DelayedScaling
 
+_STATE_VERSION = 2
+
 
 class PluginState(TypedDict):
     """What the plugin puts into a checkpoint; plain containers and tensors."""
@@ -39,6 +43,7 @@ class PluginState(TypedDict):
     steps: int
     scaling: dict[str, Any]
     proxy: dict[str, Any]
+    originals: str
 
 
 class FalqonPrecision(Precision):
@@ -77,7 +82,7 @@ class FalqonPrecision(Precision):
     def __init__(
         self,
         rank: int = 64,
-        update: str | dict[str, Any] = "live",
+        update: str | dict[str, Any] = DEFAULT_PRESET,
         rows: int | float | str | None = None,
         recipe: str | dict[str, Any] | Fp8Recipe = "default",
         rounding: Rounding | None = None,
@@ -114,6 +119,7 @@ class FalqonPrecision(Precision):
         self.proxy_update: ProxyUpdate | None = None
         self.scaling: DelayedScaling | None = None
         self.steps = 0
+        self._originals_hash = ""
 
     # -- converting ---------------------------------------------------------------------------
 
@@ -144,8 +150,18 @@ class FalqonPrecision(Precision):
         """
         check_rows(module, self.update, self.melding)
         weights: dict[str, Tensor] = {}
-        keep = weights.__setitem__ if self.update.written == "weights" else None
-        report = meld(module, self.fp8, self.melding, device=device, progress=progress, keep=keep)
+
+        def keep(name: str, weight: Tensor) -> None:
+            weights[name] = weight.cpu()  # in host memory, as soon as its layer is melded
+
+        report = meld(
+            module,
+            self.fp8,
+            self.melding,
+            device=device,
+            progress=progress,
+            keep=keep if self.update.written == "weights" else None,
+        )
         if self.report is None or report.converted:
             self.report = report
         layers = melded_layers(module)
@@ -162,6 +178,7 @@ class FalqonPrecision(Precision):
         if list(layers.values()) != list(self.layers.values()):
             self.layers = layers
             self.steps = 0
+            self._originals_hash = ""
             self.proxy_update = ProxyUpdate(layers, self.update, weights)
             self.scaling = DelayedScaling(module, self.fp8.amax_history)
         return module
@@ -264,12 +281,13 @@ class FalqonPrecision(Precision):
     def state_dict(self) -> PluginState:  # type: ignore[override]
         """Settings, step counter, amax histories, and what the update policy keeps."""
         return {
-            "version": 2,
+            "version": _STATE_VERSION,
             "settings": self.settings(),
             "skipped": dict(self.report.skipped) if self.report else {},
             "steps": self.steps,
             "scaling": self.scaling.state_dict() if self.scaling else {},
             "proxy": self.proxy_update.state_dict() if self.proxy_update else {},
+            "originals": self._hash_originals(),
         }
 
     @override
@@ -277,14 +295,29 @@ class FalqonPrecision(Precision):
         """Restore what `state_dict` gave.
 
         Raises:
-            InputError: if the checkpoint was made with other settings.
+            InputError: if the checkpoint was made with other settings, or from another model than
+                rows would be derived from.
         """
         self.check_settings(state_dict)
+        ours, theirs = self._hash_originals(), state_dict["originals"]
+        if ours != theirs:
+            raise InputError(
+                "the model that was loaded is not the one this checkpoint was trained from: its "
+                f"weights have the hash {ours[:12]}, the checkpoint's {theirs[:12]}. Give the same "
+                "model (and revision)."
+            )
         self.steps = state_dict["steps"]
         if self.scaling is not None and state_dict["scaling"]:
             self.scaling.load_state_dict(state_dict["scaling"])
         if self.proxy_update is not None and state_dict["proxy"]:
             self.proxy_update.load_state_dict(state_dict["proxy"])
+
+    def _hash_originals(self) -> str:
+        """SHA-256 over what rows are derived from, which never changes; empty if there is none."""
+        originals = self.proxy_update.originals() if self.proxy_update else {}
+        if originals and not self._originals_hash:
+            self._originals_hash = hash_tensors(originals)
+        return self._originals_hash if originals else ""
 
     def check_settings(self, state: PluginState | None, where: str = "the checkpoint") -> None:
         """Compare a checkpoint's settings with this plugin's.
@@ -300,10 +333,10 @@ class FalqonPrecision(Precision):
             raise InputError(
                 f"{where} was not trained with FalqonPrecision and cannot be resumed with it."
             )
-        if state.get("version") != 2:
+        if state.get("version") != _STATE_VERSION:
             raise InputError(
                 f"{where} has plugin state version {state.get('version')}, this release reads "
-                "version 1: use the release that wrote it."
+                f"version {_STATE_VERSION}: use the release that wrote it."
             )
         theirs, ours = _flatten(state["settings"]), _flatten(self.settings())
         differing = [

@@ -5,18 +5,18 @@ What the presets differ in is in `falqon.recipe.UpdateRecipe`, what they mean in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from falqon.checkpoint.hashing import hash_tensors
 from falqon.errors import InputError
 from falqon.kernels import Origin, RowUpdate, RowUpdateCounts
 from falqon.linear import MeldedLinear
 from falqon.recipe import UpdateRecipe
+from falqon.rows import RowState, select_rows
 
 
 @dataclass(frozen=True)
@@ -45,132 +45,8 @@ class UpdateStatistics:
     staleness: float
 
 
-def select_rows(score: Tensor, count: int, first: Tensor | None = None, extra: int = 0) -> Tensor:
-    """The rows with the largest score, after those that have waited longest.
-
-    Ties go to the lower row, so that the choice is the same on every device.
-
-    Args:
-        score: float32 [out]; rows whose score is not finite come last.
-        count: rows to take by score.
-        first: int [out], the step in which each row was last written.
-        extra: rows to take before those, the longest unwritten ones.
-
-    Returns:
-        int64 row numbers, at most `out`.
-    """
-    if count + extra >= len(score):
-        return torch.arange(len(score), device=score.device)
-    # NaN sorts first otherwise and would crowd out rows that can be written.
-    score = torch.where(torch.isfinite(score), score, torch.full_like(score, -1.0))
-    if first is None or not extra:
-        return torch.sort(score, descending=True, stable=True).indices[:count]
-    oldest = torch.sort(first, stable=True).indices[:extra]
-    score = score.index_fill(0, oldest, -2.0)
-    return torch.cat([oldest, torch.sort(score, descending=True, stable=True).indices[:count]])
-
-
 _LARGEST = 1e30
 """Of a B that can be written: B A stays finite with any A in FP8."""
-
-
-class _LayerState:
-    """What the update keeps about one layer beside its parameters.
-
-    Attributes:
-        last_written: int32 [out] on the layer's device: number of the step that last wrote a row,
-            -1 if none has.
-        original: what rows are derived from, in host memory: uint8 or floating [out, in].
-        applied: float32 [out, r] in host memory: all of B that has been written so far.
-    """
-
-    def __init__(self, layer: MeldedLinear, recipe: UpdateRecipe, weight: Tensor | None) -> None:
-        out, device = layer.out_features, layer.codes.device
-        self.layer = layer
-        self.last_written = torch.full((out,), -1, dtype=torch.int32, device=device)
-        self.original = self.applied = None
-        if recipe.keeps_originals:
-            pin = device.type == "cuda"
-            if recipe.written == "codes":
-                keep = layer.codes.detach()[:out].to("cpu", copy=True)
-            else:
-                assert weight is not None
-                keep = weight.cpu()  # nobody else holds it, so no copy
-            self.original = keep.pin_memory() if pin else keep
-            self.applied = torch.zeros(out, layer.rank, pin_memory=pin)
-        self.forget()
-
-    def forget(self) -> None:
-        """Drop what is derived from the codes, after these were loaded from a checkpoint."""
-        self._gram: Tensor | None = None
-        self._gram_inverse: Tensor | None = None
-        self._binades: Tensor | None = None
-
-    @property
-    def gram(self) -> Tensor:
-        """A A^T in weight units, float32 [r, r]."""
-        if self._gram is None:
-            adapter = self.layer.dequantized_adapter()
-            self._gram = adapter @ adapter.t()
-        return self._gram
-
-    @property
-    def gram_inverse(self) -> Tensor:
-        """Pseudo-inverse of A A^T in units of codes, float32 [r, r]."""
-        if self._gram_inverse is None:
-            gram = self.gram.double() * self.layer.scale.detach().double().square()
-            self._gram_inverse = torch.linalg.pinv(gram, hermitian=True).float()
-        return self._gram_inverse
-
-    def squares(self, pending: Tensor) -> Tensor:
-        """Squared norm of each row of B A, through A A^T; float32 [out]."""
-        return ((pending @ self.gram) * pending).sum(dim=1)
-
-    def expected_flips(self, pending: Tensor) -> Tensor:
-        """Share of each row's codes that its pending change is expected to flip, float32 [out].
-
-        Weights are taken to lie anywhere between two codes and the changes of a row to be normal.
-        A change d then flips a code whose distance to the next is u with probability
-        min(1, |d| / u), on average `erfc(x) + (1 - exp(-x^2)) / (x sqrt(pi))`, x = u / (sd sqrt 2).
-        """
-        if self._binades is None:
-            self._binades = binades(self.layer.codes[: self.layer.out_features])
-        layer = self.layer
-        deviation = (self.squares(pending).clamp(min=0) / layer.in_features).sqrt()
-        steps = _STEPS.to(deviation.device) / layer.scale.detach()
-        x = steps / (deviation[:, None] * 2**0.5)
-        share = torch.erfc(x) + (1 - (-x.square()).exp()) / (x * torch.pi**0.5)
-        # Without a change x is infinite, and the share 0.
-        return (share * self._binades).sum(dim=1)
-
-    def wrote(self, rows: Tensor | None) -> None:
-        """Look again at rows whose codes may have changed."""
-        if self._binades is None:
-            return
-        codes = self.layer.codes[: self.layer.out_features]
-        if rows is None:
-            self._binades = None
-        else:
-            self._binades[rows] = binades(codes[rows])
-
-
-_STEPS = torch.tensor([2.0 ** (max(exponent, 1) - 10) for exponent in range(16)])
-"""Distance of neighbouring E4M3 values by exponent field, in units of codes."""
-
-
-def binades(codes: Tensor) -> Tensor:
-    """Share of each row's codes by exponent field, which tells the distance to the next code.
-
-    Args:
-        codes: uint8 [k, in].
-
-    Returns:
-        float32 [k, 16].
-    """
-    exponent = ((codes >> 3) & 15).long()
-    counts = torch.zeros(len(codes), 16, device=codes.device)
-    ones = torch.ones((), device=codes.device).expand(exponent.shape)
-    return counts.scatter_add_(1, exponent, ones) / codes.shape[1]
 
 
 class ProxyUpdate:
@@ -179,8 +55,8 @@ class ProxyUpdate:
     Args:
         layers: by full name; their order numbers them for stochastic rounding.
         recipe: the policy.
-        weights: original weights [out, in] by the same names, for `written: weights`; kept in host
-            memory as they are.
+        weights: original weights [out, in] by the same names, for `written: weights`. They are
+            taken out of it, and kept in host memory.
 
     Raises:
         InputError: if the policy needs original weights that are not there.
@@ -190,11 +66,12 @@ class ProxyUpdate:
         self,
         layers: dict[str, MeldedLinear],
         recipe: UpdateRecipe,
-        weights: Mapping[str, Tensor] | None = None,
+        weights: MutableMapping[str, Tensor] | None = None,
     ) -> None:
+        weights = {} if weights is None else weights
         self.layers = layers
         self.recipe = recipe
-        missing = [name for name in layers if name not in (weights or {})]
+        missing = [name for name in layers if name not in weights]
         if recipe.written == "weights" and missing:
             raise InputError(
                 f"the update preset {recipe.preset!r} derives rows from the original weights, and "
@@ -209,18 +86,17 @@ class ProxyUpdate:
             )
         self.row_update = RowUpdate(recipe.rounding)
         self.states = {
-            name: _LayerState(layer, recipe, (weights or {}).get(name))
-            for name, layer in layers.items()
+            name: RowState(layer, recipe, weights.pop(name, None)) for name, layer in layers.items()
         }
         for layer in layers.values():
             layer.live = recipe.live
-        self._number = 0
+        self._checked = False
         self._counts: list[Tensor] = []
         # Squared norms and products of wanted and landed change since the start, [layers].
-        self._landed = torch.zeros(len(layers), dtype=torch.float64)
-        self._wanted = torch.zeros(len(layers), dtype=torch.float64)
-        self._originals_hash: str | None = None
+        self._landed = torch.zeros(len(layers), dtype=torch.float64, device="cpu")
+        self._wanted = torch.zeros(len(layers), dtype=torch.float64, device="cpu")
 
+    @torch.inference_mode(False)  # what is made here lives on; an inference tensor could not
     @torch.no_grad()
     def step(self, number: int, only: set[int] | None = None) -> None:
         """Write the rows that the policy selects in every layer.
@@ -228,10 +104,11 @@ class ProxyUpdate:
         Args:
             number: of the optimizer step, from 0: a counter of the stochastic rounding.
             only: ids of the B to consider (those of one optimizer), all if None.
+
+        Raises:
+            InputError: if the layers' codes are not those of the originals, see `load_state_dict`.
         """
-        self._number = number
-        if (number + 1) % self.recipe.every:
-            return
+        self._check()
         counts: list[RowUpdateCounts] = []
         lost: list[Tensor] = []
         written: list[int] = []
@@ -239,28 +116,35 @@ class ProxyUpdate:
             if only is not None and id(layer.B) not in only:
                 continue
             state = self.states[name]
+            state.steps += 1
+            if state.steps % self.recipe.every:
+                continue
+            state.follow()
+            # A B that is not finite cannot be written, and would act for good where it is live.
+            finite = torch.isfinite(layer.B.sum(dim=1, keepdim=True))
+            layer.B.copy_(torch.where(finite, layer.B, 0.0))
             rows, change = self._select(layer, state)
             counts.append(self._write(layer, state, rows, change, number, index))
             written.append(index)
-            if self.recipe.unselected == "clear" and rows is not None:
-                others = layer.pending().index_fill(0, rows, 0.0)
-                lost.append(state.squares(others).sum(dtype=torch.float64))
-                left = layer.B[rows].clone()
-                layer.B.zero_()
-                layer.B[rows] = left
-            elif self.recipe.unselected == "clear":
-                lost.append(torch.zeros((), dtype=torch.float64, device=layer.B.device))
+            if self.recipe.unselected == "clear":
+                lost.append(self._clear(layer, state, rows))
         self._collect(counts, lost, written)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def flush(self, number: int) -> None:
         """Write every pending row, whatever the policy selects: afterwards B is zero.
 
         What `project` would keep of a row is dropped: nothing of it could be served.
+
+        Raises:
+            InputError: as `step` does.
         """
+        self._check()
         counts = []
         for index, (name, layer) in enumerate(self.layers.items()):
             state = self.states[name]
+            state.follow()
             counts.append(self._write(layer, state, None, layer.pending(), number, index, True))
         self._collect(counts, [], list(range(len(counts))))
 
@@ -268,7 +152,29 @@ class ProxyUpdate:
         """Some row has a change that is not written; waits for the device."""
         return any(bool(layer.B.any()) for layer in self.layers.values())
 
-    def _select(self, layer: MeldedLinear, state: _LayerState) -> tuple[Tensor | None, Tensor]:
+    def _check(self) -> None:
+        """Once: codes that were loaded without the update's own state would be overwritten."""
+        if self._checked:
+            return
+        other = [name for name, state in self.states.items() if not state.is_consistent()]
+        if other:
+            raise InputError(
+                f"the codes of {other[0]} are not those of the original weights, and it is not "
+                "recorded what was written: load the update's state_dict together with the model's."
+            )
+        self._checked = True
+
+    def _clear(self, layer: MeldedLinear, state: RowState, rows: Tensor | None) -> Tensor:
+        """Clear the rows that were not selected; squared norm of what is lost, float64."""
+        if rows is None:
+            return torch.zeros((), dtype=torch.float64, device=layer.B.device)
+        lost = state.squares(layer.pending().index_fill(0, rows, 0.0)).sum(dtype=torch.float64)
+        kept = layer.B[rows]
+        layer.B.zero_()
+        layer.B[rows] = kept
+        return lost
+
+    def _select(self, layer: MeldedLinear, state: RowState) -> tuple[Tensor | None, Tensor]:
         """Rows to write, int64 [k] or None for all, and their pending change as a B [k, r]."""
         recipe, out = self.recipe, layer.out_features
         count = recipe.rows_of(out, layer.rank)
@@ -287,7 +193,7 @@ class ProxyUpdate:
         rows = select_rows(self._score(state, pending), count, since, extra)
         return rows, pending[rows]
 
-    def _score(self, state: _LayerState, pending: Tensor) -> Tensor:
+    def _score(self, state: RowState, pending: Tensor) -> Tensor:
         if self.recipe.select == "l1":
             return pending.abs().sum(dim=1)
         if self.recipe.select == "norm":
@@ -297,7 +203,7 @@ class ProxyUpdate:
     def _write(
         self,
         layer: MeldedLinear,
-        state: _LayerState,
+        state: RowState,
         rows: Tensor | None,
         change: Tensor,
         number: int,
@@ -330,16 +236,15 @@ class ProxyUpdate:
             origin,
             state.gram_inverse if project else None,
         )
-        left = torch.zeros_like(change) if kept is None else kept / layer.scaling
+        left = torch.zeros_like(change) if kept is None else kept / layer.lora_scaling
         layer.B[where] = torch.where(held[:, None], left, layer.B[where])
-        state.last_written[where] = torch.where(held, number, state.last_written[where])
+        state.last_written[where] = torch.where(held, state.steps - 1, state.last_written[where])
         state.wrote(rows)
         return counts
 
     def _collect(
         self, counts: list[RowUpdateCounts], lost: list[Tensor], written: list[int]
     ) -> None:
-        self._counts = []
         if not counts:
             return
         columns = [
@@ -355,17 +260,19 @@ class ProxyUpdate:
         self._wanted[written] += columns[5] + lost_by_layer
 
     def statistics(self) -> UpdateStatistics | None:
-        """What the last write did; waits for the device. None before the first."""
-        if not self._counts:
+        """What the last write did; waits for the device. None before the first step."""
+        if not any(state.steps for state in self.states.values()) and not self._counts:
             return None
         pending = []
         for name, layer in self.layers.items():
             state, change = self.states[name], layer.pending()
             waiting = (change != 0).any(dim=1)
-            age = (self._number - state.last_written) * waiting
+            state.follow()
+            age = (state.steps - 1 - state.last_written) * waiting
             left = state.squares(change).sum(dtype=torch.float64)
             pending.append(torch.stack([left, age.sum().double(), waiting.sum().double()]))
-        sums = torch.cat([torch.stack(self._counts), torch.stack(pending).sum(dim=0)]).tolist()
+        counts = torch.stack(self._counts) if self._counts else pending[0].new_zeros(7)
+        sums = torch.cat([counts, torch.stack(pending).sum(dim=0)]).tolist()
         written, written_codes, flipped, saturated, projection, wanted, lost, *sums = sums
         squared, age, waiting = sums
         codes = sum(layer.out_features * layer.in_features for layer in self.layers.values())
@@ -395,40 +302,30 @@ class ProxyUpdate:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs beside codes and B; tensors and plain values."""
         state: dict[str, Any] = {
+            "steps": {name: s.steps for name, s in self.states.items()},
             "last_written": {name: s.last_written for name, s in self.states.items()},
             "landed": self._landed,
             "wanted": self._wanted,
         }
         if self.recipe.keeps_originals:
             state["applied"] = {name: s.applied for name, s in self.states.items()}
-            state["originals"] = self._hash_originals()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave.
 
-        Raises:
-            InputError: if rows would be derived from other originals than in the checkpoint.
+        It belongs to codes and B of the same moment, and to the same originals.
         """
-        if state.get("originals", "") != self._hash_originals():
-            raise InputError(
-                "the model that was loaded is not the one this checkpoint was trained from: its "
-                f"weights have the hash {self._hash_originals()[:12]}, the checkpoint's "
-                f"{state.get('originals', 'none')[:12]}. Give the same model (and revision)."
-            )
         for name, own in self.states.items():
             own.forget()
+            own.steps = state["steps"][name]
             own.last_written.copy_(state["last_written"][name])
             if own.applied is not None:
                 own.applied.copy_(state["applied"][name])
         self._landed = state["landed"].clone()
         self._wanted = state["wanted"].clone()
+        self._checked = True
 
-    def _hash_originals(self) -> str:
-        """SHA-256 over the originals, which never change; empty if there are none."""
-        if not self.recipe.keeps_originals:
-            return ""
-        if self._originals_hash is None:
-            originals = {n: s.original for n, s in self.states.items() if s.original is not None}
-            self._originals_hash = hash_tensors(originals)
-        return self._originals_hash
+    def originals(self) -> dict[str, Tensor]:
+        """What rows are derived from, by layer, in host memory; empty if they are not."""
+        return {n: s.original for n, s in self.states.items() if s.original is not None}

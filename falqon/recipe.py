@@ -186,7 +186,7 @@ class MeldRecipe:
             raise InputError(f"{name}.include is empty, so nothing would be melded; use ['*'].")
 
     @property
-    def scaling(self) -> float:
+    def lora_scaling(self) -> float:
         """Factor of B A: `lora_alpha / rank`, 1 without lora_alpha."""
         return 1.0 if self.lora_alpha is None else self.lora_alpha / self.rank
 
@@ -259,6 +259,11 @@ class UpdateRecipe:
                 f"{name}.threshold leaves rows unwritten and max_age promises to write them; set "
                 "one of them."
             )
+        if self.threshold and self.unselected == "clear":
+            raise InputError(
+                f"{name}.threshold keeps small changes until they are worth writing and unselected "
+                "'clear' drops them; set one of them."
+            )
         rows = self.rows
         help_text = "use a whole number of at least 1, 'rank', 'all', or a fraction"
         if isinstance(rows, str):
@@ -300,10 +305,14 @@ PRESETS: dict[str, UpdateRecipe] = {
     "feedback": UpdateRecipe(preset="feedback", rows="rank", written="project"),
     "anchored": UpdateRecipe(preset="anchored", rows="rank", written="codes"),
     "master": UpdateRecipe(preset="master", rows="rank", written="weights"),
-    "live": UpdateRecipe(preset="live", rows="rank", written="weights", live=True),
+    "live": UpdateRecipe(preset="live", rows="rank", every=4, written="weights", live=True),
 }
 """Named update policies, described in docs/method.md. `paper` is the paper's rule, `released` that
 of its published code."""
+
+
+DEFAULT_PRESET = "live"
+"""Policy of `FalqonPrecision`, and what a mapping without `preset` changes."""
 
 
 def update_recipe(
@@ -315,7 +324,7 @@ def update_recipe(
 
     Args:
         update: a name in `PRESETS`; fields of `UpdateRecipe`, with `preset` naming the preset they
-            change; or a recipe.
+            change (`live` if left out); or a recipe.
         rows, changes: further fields to change, None leaves `rows` as it is.
 
     Raises:
@@ -333,7 +342,7 @@ def update_recipe(
                 raise InputError(
                     f"unknown key {key!r} in the update policy; it has {', '.join(sorted(known))}."
                 )
-        update = fields_given.pop("preset", "paper")
+        update = fields_given.pop("preset", DEFAULT_PRESET)
         changes = {**fields_given, **changes}
     if update not in PRESETS:
         raise InputError(

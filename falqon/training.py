@@ -16,12 +16,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
 from falqon.callbacks import MetricsCSV, WandbSettings, archive_previous_run, make_wandb_logger
-from falqon.callbacks.health import Throughput
 from falqon.callbacks.predictions import PredictionFile
 from falqon.callbacks.proxy_monitor import ProxyMonitor
 from falqon.callbacks.report import RunReport
 from falqon.callbacks.run_checkpoint import RunCheckpoint
 from falqon.callbacks.run_dir import restore_archived_run
+from falqon.callbacks.throughput import Throughput
 from falqon.checkpoint import AtomicCheckpointIO, read_checkpoint
 from falqon.errors import InputError
 from falqon.precision import FalqonPrecision

@@ -364,6 +364,3 @@ class LitCausalLM(LightningModule):
                 f"{found.get(name)} there and {expected.get(name)} here."
             )
         self.base_loss = checkpoint.get("LitCausalLM", {}).get("base_loss")
-        if isinstance(plugin, FalqonPrecision) and self.trainer.state.fn != "fit":
-            # In fit Lightning does it; elsewhere only this, and `_flush` needs it.
-            plugin.load_state_dict(checkpoint["FalqonPrecision"])

@@ -505,7 +505,7 @@ def test_adapter_without_rounding_is_the_same(adapter: Any) -> None:
 def test_lora_alpha_is_the_scaling_of_every_layer(alpha: float | None, scaling: float) -> None:
     model = Head()
     meld(model, FP8, MeldRecipe(rank=4, lora_alpha=alpha))
-    assert {layer.scaling for layer in melded_layers(model).values()} == {scaling}
+    assert {layer.lora_scaling for layer in melded_layers(model).values()} == {scaling}
     layer, _ = meld_linear(nn.Linear(8, 8), FP8, MeldRecipe(rank=4, lora_alpha=alpha))
     layer.B.data.fill_(0.5)
     assert layer.pending().tolist() == [[0.5 * scaling] * 4] * 8

@@ -14,8 +14,9 @@ from falqon.errors import InputError
 from falqon.fp8 import E4M3, decode, encode
 from falqon.linear import MeldedLinear
 from falqon.meld import meld, meld_linear, melded_layers
-from falqon.proxy import ProxyUpdate, binades
+from falqon.proxy import ProxyUpdate
 from falqon.recipe import PRESETS, RECIPES, Fp8Recipe, MeldRecipe, UpdateRecipe, update_recipe
+from falqon.rows import binades
 
 RANK = 4
 LIVE_FEEDBACK = {"preset": "feedback", "live": True}
@@ -85,11 +86,10 @@ def test_derived_rows_are_the_original_and_all_of_their_change(
     model, weights = make_model(fp8)
     by_name = melded_layers(model)
     layers = list(by_name.values())
-    update = ProxyUpdate(by_name, update_recipe(preset, rows), weights)
-    for layer in layers:
-        layer.codes.data[: layer.out_features, 0] = 0x80  # -0: requantising would make it 0
-    if preset == "anchored":  # the originals are the codes at the start
-        update = ProxyUpdate(by_name, update_recipe(preset, rows))
+    for name, layer in by_name.items():
+        weights[name][:, 0] = -0.0  # requantising would make it 0
+        layer.codes.data[: layer.out_features, 0] = 0x80
+    update = ProxyUpdate(by_name, update_recipe(preset, rows), dict(weights))
     originals = [layer.codes.detach().clone() for layer in layers]
     totals = [torch.zeros_like(layer.B) for layer in layers]
     plain = [torch.zeros_like(layer.B) for layer in layers]
@@ -150,7 +150,7 @@ def test_originals_are_bytes_in_host_memory_or_the_given_weights_themselves() ->
     model, weights = make_model()
     layers = melded_layers(model)
     anchored = ProxyUpdate(layers, update_recipe("anchored"))
-    master = ProxyUpdate(layers, update_recipe("master"), weights)
+    master = ProxyUpdate(layers, update_recipe("master"), dict(weights))
     for name, layer in layers.items():
         codes, given = anchored.states[name].original, master.states[name].original
         assert codes is not None
@@ -218,11 +218,13 @@ def test_remainder_is_the_least_squares_projection(fp8: Fp8Recipe, alpha: float 
             out, rows = layer.out_features, written_rows(update, name, step)
             assert len(rows) == 5
             adapter = decode(codes[out:], E4M3).double()
-            target = decode(codes[rows], E4M3).double() + layer.scaling * (
+            target = decode(codes[rows], E4M3).double() + layer.lora_scaling * (
                 proxy[rows].double() @ adapter
             )
             remainder = target - decode(layer.codes[rows], E4M3).double()
-            expected = torch.linalg.lstsq(adapter.t(), remainder.t()).solution.t() / layer.scaling
+            expected = (
+                torch.linalg.lstsq(adapter.t(), remainder.t()).solution.t() / layer.lora_scaling
+            )
             assert expected.any(dim=1).all()
             # Float32 targets up to 448 are off by 2^-16 at most, remainders are of size 1 to 16;
             # the condition of A A^T, below 100 here, and of its float32 inverse come on top.
@@ -305,7 +307,7 @@ def test_live_change_acts_as_a_plain_adapter(alpha: float | None) -> None:
 
     theirs, proxy = x.clone().requires_grad_(), layer.B.detach().clone().requires_grad_()
     weight, adapter = layer.dequantized_weight(), layer.dequantized_adapter()
-    expected = theirs @ (weight + layer.scaling * proxy @ adapter).t()
+    expected = theirs @ (weight + layer.lora_scaling * proxy @ adapter).t()
     expected.backward(grad)
     # Sums of 24 to 40 float32 terms of size 1 in another order.
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
@@ -353,7 +355,7 @@ def test_live_and_derived_is_never_off_by_more_than_half_a_step(
     model, weights = make_model(fp8)
     by_name = melded_layers(model)
     recipe = update_recipe({"preset": "live", "written": written, "rows": 3})
-    update = ProxyUpdate(by_name, recipe, weights)
+    update = ProxyUpdate(by_name, recipe, dict(weights))
     starts = {name: layer.codes.detach().clone() for name, layer in by_name.items()}
     optimizer = torch.optim.SGD([layer.B for layer in by_name.values()], lr=0.5)
     learned = {name: torch.zeros_like(layer.B) for name, layer in by_name.items()}
@@ -591,7 +593,7 @@ def test_flips_are_refused_where_there_are_no_codes(change: dict[str, Any]) -> N
 @pytest.mark.parametrize("policy", ["paper", "feedback", "anchored", LIVE_FEEDBACK])
 def test_lora_alpha_scales_what_lands_and_the_gradient(policy: str | dict[str, Any]) -> None:
     single, double = make_model(lora_alpha=4.0)[0], make_model(lora_alpha=8.0)[0]
-    assert (single[0].scaling, double[0].scaling) == (1.0, 2.0)
+    assert (single[0].lora_scaling, double[0].lora_scaling) == (1.0, 2.0)
     updates = [ProxyUpdate(melded_layers(m), update_recipe(policy, 5)) for m in (single, double)]
     proxy, x, grad = random(40, RANK, seed=5), random(6, 24, seed=6), random(6, 40, seed=7)
     # 2 A as 1 with twice the B: powers of two, so bit for bit.
@@ -713,19 +715,60 @@ def test_remainder_is_that_of_the_adapter_of_a_checkpoint() -> None:
 
 
 @pytest.mark.parametrize("preset", ["anchored", "master"])
-def test_other_originals_are_refused(preset: str) -> None:
-    state = saved(make(preset)[1].state_dict())
-    model, weights = make_model()
-    layers = melded_layers(model)
-    make(preset)[1].load_state_dict(state)  # the same
-    weights = {name: weight.clone() for name, weight in weights.items()}
-    weights["2"][3, 3] += 0.5
-    layers["2"].codes.data[3, 3] ^= 0x01
-    other = ProxyUpdate(layers, update_recipe(preset), weights)
-    with pytest.raises(InputError, match="model that was loaded is not the one .* have the hash"):
-        other.load_state_dict(state)
-    with pytest.raises(InputError, match="hash"):  # a policy that has none
-        make("paper")[1].load_state_dict(state)
+def test_codes_without_the_record_of_how_they_came_are_refused(preset: str) -> None:
+    layers, update = make(preset, rows="all")
+    add(layers, 0)
+    update.step(0)
+    trained = saved([layer.codes.detach() for layer in layers])
+    for record in (False, True):
+        others, other = make(preset, rows="all")
+        for layer, codes in zip(others, trained, strict=True):
+            layer.codes.data.copy_(codes)
+        add(others, 1)
+        if record:
+            other.load_state_dict(update.state_dict())
+            other.step(1)
+        else:
+            with pytest.raises(InputError, match="codes of 0 are not .* load the update's state"):
+                other.step(1)
+
+
+def test_two_optimizers_write_every_so_many_of_their_own_steps() -> None:
+    layers, update = make("paper", rows="all", every=2)
+    for step in range(12):
+        add(layers, step)
+        update.step(step, only={id(layers[step % 2].B)})
+    assert [update.states[name].steps for name in update.layers] == [6, 6]
+    assert all(
+        update.states[name].last_written.tolist() == [5] * len(layer.B)
+        for name, layer in update.layers.items()
+    )
+
+
+def test_a_change_that_is_not_finite_leaves_b_though_it_is_not_selected() -> None:
+    for preset in ("paper", "released", "live"):
+        layers, update = make(preset, rows=1, every=1)
+        add(layers, 0)
+        layers[0].B.data[5, 1] = float("nan")
+        before = layers[0].codes[5].clone()
+        update.step(0)
+        assert not layers[0].B[5].any()
+        assert torch.equal(layers[0].codes[5], before)
+        statistics = update.statistics()
+        assert statistics is not None
+        assert all(value == value for value in vars(statistics).values())
+
+
+def test_nothing_is_made_on_the_default_device() -> None:
+    linear = nn.Linear(24, 40, bias=False)
+    with torch.device("meta"):
+        for adapter in ("svd_error", "kaiming"):
+            layer, _ = meld_linear(linear, recipe=MeldRecipe(rank=RANK, adapter=adapter))
+            update = ProxyUpdate({"": layer}, update_recipe("anchored", select="flips"))
+            layer.B.data += 0.1
+            update.step(0)
+            assert update.statistics() is not None
+            assert layer.codes.device.type == "cpu"
 
 
 def test_loaded_state_is_a_copy() -> None:
@@ -760,7 +803,7 @@ def test_two_replicas_get_identical_bits(policy: str, rounding: Any) -> None:
     replicas = []
     for copied in (copy.deepcopy(model), copy.deepcopy(model)):
         recipe = update_recipe(POLICIES[policy], 3, rounding=rounding)
-        update = ProxyUpdate(melded_layers(copied), recipe, weights)
+        update = ProxyUpdate(melded_layers(copied), recipe, dict(weights))
         for step in range(6):
             add(list(update.layers.values()), step)
             update.step(step)
@@ -807,7 +850,7 @@ def test_policy_from_fields() -> None:
     expected = UpdateRecipe(preset="feedback", rows=7, written="project", every=2, live=True)
     assert recipe == expected
     assert update_recipe({"preset": "live"}) == PRESETS["live"]
-    assert update_recipe({"every": 2}) == update_recipe("paper", every=2)
+    assert update_recipe({"every": 2}) == update_recipe("live", every=2)
     # What is given on top wins, and only what is given.
     again = update_recipe({"preset": "feedback", "rows": 7, "seed": 1}, 9, rounding="stochastic")
     assert (again.rows, again.seed, again.rounding) == (9, 1, "stochastic")

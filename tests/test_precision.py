@@ -152,11 +152,11 @@ def test_order_of_hooks_manual(accumulate: int) -> None:
 
 def test_accumulation_gives_the_update_of_a_loop_written_by_hand() -> None:
     module = Net([])
-    plugin = FalqonPrecision(rank=4, rows="all")
+    plugin = FalqonPrecision(rank=4, update="paper", rows="all")
     reference = copy.deepcopy(module)
     fit(module, plugin, accumulate_grad_batches=3, gradient_clip_val=0.5)
 
-    by_hand = FalqonPrecision(rank=4, rows="all")
+    by_hand = FalqonPrecision(rank=4, update="paper", rows="all")
     by_hand.convert(reference)
     parameters = [p for p in reference.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=5.0)
@@ -170,7 +170,7 @@ def test_accumulation_gives_the_update_of_a_loop_written_by_hand() -> None:
             optimizer.zero_grad()
     changed = 0
     start = Net([])
-    FalqonPrecision(rank=4, rows="all").convert(start)
+    FalqonPrecision(rank=4, update="paper", rows="all").convert(start)
     for (name, ours), theirs, first in zip(
         melded_layers(module).items(),
         melded_layers(reference).values(),
@@ -223,7 +223,7 @@ def test_conversion_is_idempotent_and_keeps_the_parameter_map(tiny_llama: LlamaF
 
 def test_parameter_types_survive_training_and_the_trip_through_lightning() -> None:
     module = Net([])
-    fit(module, FalqonPrecision(rank=4, rows="all"))
+    fit(module, FalqonPrecision(rank=4, update="paper", rows="all"))
     for layer in melded_layers(module).values():
         assert layer.codes.dtype == torch.uint8
         assert layer.scale.dtype == layer.B.dtype == torch.float32

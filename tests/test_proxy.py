@@ -15,8 +15,9 @@ from falqon.fp8 import E4M3, decode, encode
 from falqon.linear import MeldedLinear
 from falqon.meld import meld, melded_layers
 from falqon.precision import check_rows
-from falqon.proxy import ProxyUpdate, select_rows
+from falqon.proxy import ProxyUpdate
 from falqon.recipe import RECIPES, MeldRecipe, UpdateRecipe, update_recipe
+from falqon.rows import select_rows
 
 RANK = 4
 

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from typing_extensions import override
 
-from falqon.callbacks.health import is_log_step
+from falqon.callbacks.throughput import is_log_step
 from falqon.precision import FalqonPrecision
 
 _MANY = 12  # kinds of layers that the plot tells apart

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from falqon.callbacks.health import Throughput
+from falqon.callbacks.throughput import Throughput
 from falqon.precision import FalqonPrecision
 
 

@@ -13,6 +13,7 @@ RUN_FILES = (
     "metrics.csv",
     "config.yaml",
     "summary.json",
+    "landed.png",
     "checkpoints",
     "wandb",
     "predictions*.jsonl",

@@ -69,7 +69,7 @@ def training_hash(checkpoint: Mapping[str, Any]) -> str:
     digest.add(checkpoint.get("optimizer_states") or [])
     policy = (checkpoint.get("FalqonPrecision") or {}).get("proxy") or {}
     if policy:
-        digest.add({name: policy.get(name) for name in ("applied", "last_written", "originals")})
+        digest.add({name: policy.get(name) for name in ("applied", "last_written", "steps")})
     return digest.hexdigest()
 
 

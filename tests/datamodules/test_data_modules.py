@@ -189,9 +189,7 @@ def test_print_sample_marks_what_is_learned(
     out = capsys.readouterr().out
     assert out.count("--- training example") == 2
     assert "--- training example 1 of 2: " in out and " supervised (between >>> and <<<)" in out
-    assert (
-        "Count to number 0.\n\n### Input:\nStart at 0.\n\n### Response:>>>0 end 0.</s><<<" in out
-    )
+    assert "Count to number 0.\n\n### Input:\nStart at 0.\n\n### Response:>>>0 end 0.</s><<<" in out
 
 
 def test_only_rank_zero_prints(

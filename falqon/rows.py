@@ -1,0 +1,156 @@
+"""The rows of one melded layer: what the proxy update keeps about them, and which come first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from falqon.fp8 import E4M3, encode
+from falqon.linear import MeldedLinear
+from falqon.recipe import UpdateRecipe
+
+
+def select_rows(score: Tensor, count: int, first: Tensor | None = None, extra: int = 0) -> Tensor:
+    """The rows with the largest score, after those that have waited longest.
+
+    Ties go to the lower row, so that the choice is the same on every device.
+
+    Args:
+        score: float32 [out]; rows whose score is not finite come last.
+        count: rows to take by score.
+        first: int [out], the step in which each row was last written.
+        extra: rows to take before those, the longest unwritten ones.
+
+    Returns:
+        int64 row numbers, at most `out`.
+    """
+    if count + extra >= len(score):
+        return torch.arange(len(score), device=score.device)
+    # NaN sorts first otherwise and would crowd out rows that can be written.
+    score = torch.where(torch.isfinite(score), score, torch.full_like(score, -1.0))
+    if first is None or not extra:
+        return torch.sort(score, descending=True, stable=True).indices[:count]
+    oldest = torch.sort(first, stable=True).indices[:extra]
+    score = score.index_fill(0, oldest, -2.0)
+    return torch.cat([oldest, torch.sort(score, descending=True, stable=True).indices[:count]])
+
+
+class RowState:
+    """What the update keeps about the rows of one layer beside its parameters.
+
+    Attributes:
+        steps: optimizer steps that this layer has seen.
+        last_written: int32 [out] on the layer's device: the value of `steps` when a row was last
+            written, -1 if it never was.
+        original: what rows are derived from, in host memory: uint8 or floating [out, in], or None.
+        applied: float32 [out, r] in host memory: all of B that has been written so far, or None.
+    """
+
+    def __init__(self, layer: MeldedLinear, recipe: UpdateRecipe, weight: Tensor | None) -> None:
+        out = layer.out_features
+        self.layer = layer
+        self.steps = 0
+        self.last_written = torch.full((out,), -1, dtype=torch.int32, device="cpu")
+        self.original: Tensor | None = None
+        self.applied: Tensor | None = None
+        if recipe.keeps_originals:
+            if recipe.written == "codes":
+                weight = layer.codes.detach()[:out].to("cpu", copy=True)
+            assert weight is not None
+            self.original = weight.cpu()
+            self.applied = torch.zeros(out, layer.rank, device="cpu")
+            if layer.codes.is_cuda:
+                self.original, self.applied = self.original.pin_memory(), self.applied.pin_memory()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what is derived from the codes, after these were loaded from a checkpoint."""
+        self._gram: Tensor | None = None
+        self._gram_inverse: Tensor | None = None
+        self._binades: Tensor | None = None
+
+    def follow(self) -> None:
+        """Move to the device that the layer has moved to."""
+        device = self.layer.codes.device
+        if self.last_written.device != device:
+            self.last_written = self.last_written.to(device)
+            self.forget()
+
+    def is_consistent(self) -> bool:
+        """The codes are those of the originals, or it is recorded how they came to be others."""
+        if self.original is None or self.applied is None or bool(self.applied.any()):
+            return True
+        codes = self.layer.codes.detach()[: self.layer.out_features].cpu()
+        if self.original.dtype == codes.dtype:
+            return torch.equal(self.original, codes)
+        if codes.dtype != torch.uint8:
+            return torch.equal(self.original.to(codes.dtype), codes)
+        scale = self.layer.scale.detach().cpu()
+        return torch.equal(encode(self.original.float() * scale, E4M3, overwrite=True), codes)
+
+    @property
+    def gram(self) -> Tensor:
+        """A A^T in weight units, float32 [r, r]."""
+        if self._gram is None:
+            adapter = self.layer.dequantized_adapter().double()
+            self._gram = (adapter @ adapter.t()).float()
+        return self._gram
+
+    @property
+    def gram_inverse(self) -> Tensor:
+        """Pseudo-inverse of A A^T in units of codes, float32 [r, r]."""
+        if self._gram_inverse is None:
+            adapter = self.layer.dequantized_adapter().double() * self.layer.scale.detach()
+            # Directions that A hardly has, as rows that repeat each other, take no part.
+            inverse = torch.linalg.pinv(adapter @ adapter.t(), hermitian=True, rtol=1e-6)
+            self._gram_inverse = inverse.float()
+        return self._gram_inverse
+
+    def squares(self, pending: Tensor) -> Tensor:
+        """Squared norm of each row of B A, through A A^T; float32 [out]."""
+        return ((pending @ self.gram) * pending).sum(dim=1)
+
+    def expected_flips(self, pending: Tensor) -> Tensor:
+        """Share of each row's codes that its pending change is expected to flip, float32 [out].
+
+        Weights are taken to lie anywhere between two codes and the changes of a row to be normal.
+        A change d then flips a code whose distance to the next is u with probability
+        min(1, |d| / u), on average `erfc(x) + (1 - exp(-x^2)) / (x sqrt(pi))`, x = u / (sd sqrt 2).
+        """
+        if self._binades is None:
+            self._binades = binades(self.layer.codes[: self.layer.out_features])
+        layer = self.layer
+        deviation = (self.squares(pending).clamp(min=0) / layer.in_features).sqrt()
+        steps = _STEPS.to(deviation.device) / layer.scale.detach()
+        x = steps / (deviation[:, None] * 2**0.5)
+        share = torch.erfc(x) + (1 - (-x.square()).exp()) / (x * torch.pi**0.5)
+        # Without a change x is infinite, and the share 0.
+        return (share * self._binades).sum(dim=1)
+
+    def wrote(self, rows: Tensor | None) -> None:
+        """Look again at rows whose codes may have changed."""
+        if self._binades is None:
+            return
+        codes = self.layer.codes[: self.layer.out_features]
+        if rows is None:
+            self._binades = None
+        else:
+            self._binades[rows] = binades(codes[rows])
+
+
+_STEPS = torch.tensor([2.0 ** (max(exponent, 1) - 10) for exponent in range(16)], device="cpu")
+"""Distance of neighbouring E4M3 values by exponent field, in units of codes."""
+
+
+def binades(codes: Tensor) -> Tensor:
+    """Share of each row's codes by exponent field, which tells the distance to the next code.
+
+    Args:
+        codes: uint8 [k, in].
+
+    Returns:
+        float32 [k, 16].
+    """
+    exponent = (codes >> 3) & 15
+    counts = torch.stack([(exponent == field).sum(dim=1) for field in range(16)], dim=1)
+    return counts / codes.shape[1]
