@@ -67,7 +67,8 @@ def test_two_ranks_agree_repeat_and_resume(
     train: Callable, tiny_run: Callable, tmp_path: Path
 ) -> None:
     delayed = {"base": "paper", "scaling": "delayed", "amax_history": 2}
-    config = tiny_run(rounding="stochastic", recipe=delayed)
+    live = {"preset": "live", "every": 2}
+    config = tiny_run(update=live, rounding="stochastic", recipe=delayed)
     ranks, straight = train(config, "straight")
     assert ranks[0] == ranks[1]
     train(config, "again", "--trainer.max_steps=3")
