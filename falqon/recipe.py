@@ -305,7 +305,7 @@ PRESETS: dict[str, UpdateRecipe] = {
     "feedback": UpdateRecipe(preset="feedback", rows="rank", written="project"),
     "anchored": UpdateRecipe(preset="anchored", rows="rank", written="codes"),
     "master": UpdateRecipe(preset="master", rows="rank", written="weights"),
-    "live": UpdateRecipe(preset="live", rows="rank", every=4, written="weights", live=True),
+    "live": UpdateRecipe(preset="live", rows="rank", written="weights", live=True),
 }
 """Named update policies, described in docs/method.md. `paper` is the paper's rule, `released` that
 of its published code."""
