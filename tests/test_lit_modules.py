@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
-from falqon import InputError
+from falqon import FalqonPrecision, InputError
 from lit_modules import WarmupConstant, WarmupCosine
 from lit_modules.loss import supervised_loss
 
@@ -110,3 +110,32 @@ def test_a_resumed_schedule_goes_on_where_it_was() -> None:
 def test_a_negative_warmup_is_refused() -> None:
     with pytest.raises(InputError, match="warmup is -1"):
         WarmupConstant(sgd(), warmup=-1)
+
+
+def test_norms_and_loss_compute_in_float32(tiny_llama: LlamaForCausalLM) -> None:
+    model = copy.deepcopy(tiny_llama).train()
+    FalqonPrecision(rank=4).convert(model)
+    norm = model.model.norm
+    assert norm.weight.dtype == torch.bfloat16
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    norm.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    batch = some_batch(model.config.vocab_size)
+    loss, tokens = supervised_loss(model, batch)
+    x, y = seen[0]
+    assert x.dtype == y.dtype == torch.bfloat16
+    exact = (
+        x.double() * (x.double().square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+    )
+    # One rounding to bf16 before the weight and one after it: mean square and root are finer.
+    torch.testing.assert_close(y.double(), exact * norm.weight.double(), rtol=2**-7, atol=0)
+    assert torch.equal(y, norm.weight * exact.float().to(torch.bfloat16))
+    # The loss is that of the 16-bit logits, summed in float32.
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits
+    assert logits.dtype == torch.bfloat16
+    targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    expected = functional.cross_entropy(
+        logits.double().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+    )
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert tokens == (targets != -100).sum()

@@ -117,3 +117,22 @@ def test_mistakes_in_the_policy_are_one_sentence(
     with pytest.raises(SystemExit):
         cli("fit", tiny_run(update={"preset": "live", "speed": 3}))
     assert "unknown key 'speed' in the update policy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["PagedAdamW32bit", "AdamW8bit"])
+def test_optimizers_of_bitsandbytes_train_and_resume(
+    cli: Callable, tiny_run: Callable, tmp_path: Path, name: str
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = tiny_run()
+    config["model"]["init_args"]["optimizer"]["class_path"] = f"bitsandbytes.optim.{name}"
+    config["trainer"]["limit_val_batches"] = 1
+    config["report"]["sample_answer"] = False
+    straight = set_root(config, tmp_path / "straight")
+    cli("fit", config)
+    resumed = set_root(config, tmp_path / "resumed")
+    cli("fit", config, "--trainer.max_steps=4")
+    cli("fit", config, f"--ckpt_path={resumed}/checkpoints/last.ckpt")
+    assert digest(resumed) == digest(straight)
+    summary = json.loads((straight / "summary.json").read_text())
+    assert summary["val_loss_after"] < summary["val_loss_before"]
