@@ -10,7 +10,7 @@ from falqon.linear import MeldedLinear
 from falqon.recipe import UpdateRecipe
 
 
-def select_rows(score: Tensor, count: int, first: Tensor | None = None, extra: int = 0) -> Tensor:
+def select_rows(score: Tensor, count: int, since: Tensor | None = None, extra: int = 0) -> Tensor:
     """The rows with the largest score, after those that have waited longest.
 
     Ties go to the lower row, so that the choice is the same on every device.
@@ -18,7 +18,7 @@ def select_rows(score: Tensor, count: int, first: Tensor | None = None, extra: i
     Args:
         score: float32 [out]; rows whose score is not finite come last.
         count: rows to take by score.
-        first: int [out], the step in which each row was last written.
+        since: int [out], the step in which each row was last written.
         extra: rows to take before those, the longest unwritten ones.
 
     Returns:
@@ -28,9 +28,9 @@ def select_rows(score: Tensor, count: int, first: Tensor | None = None, extra: i
         return torch.arange(len(score), device=score.device)
     # NaN sorts first otherwise and would crowd out rows that can be written.
     score = torch.where(torch.isfinite(score), score, torch.full_like(score, -1.0))
-    if first is None or not extra:
+    if since is None or not extra:
         return torch.sort(score, descending=True, stable=True).indices[:count]
-    oldest = torch.sort(first, stable=True).indices[:extra]
+    oldest = torch.sort(since, stable=True).indices[:extra]
     score = score.index_fill(0, oldest, -2.0)
     return torch.cat([oldest, torch.sort(score, descending=True, stable=True).indices[:count]])
 

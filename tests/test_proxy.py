@@ -318,7 +318,7 @@ def test_without_rounding_the_change_is_added_exactly() -> None:
         assert torch.equal(layer.codes[out:], old[out:])
     statistics = update.statistics()
     assert statistics is not None
-    assert statistics.realised_ratio == pytest.approx(1.0, abs=1e-6)
+    assert statistics.realised_ratio == 1.0
 
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {

@@ -25,7 +25,7 @@ def test_quickstart_shortened(
             "fit",
             "--config=configs/quickstart.yaml",
             f"--trainer.default_root_dir={root}",
-            "--trainer.max_steps=4",
+            "--trainer.max_steps=3",
             "--trainer.limit_val_batches=1",
             "--trainer.enable_progress_bar=false",
             "--report.max_new_tokens=4",
@@ -35,14 +35,14 @@ def test_quickstart_shortened(
     summary = json.loads((root / "summary.json").read_text())
     assert summary["melded_layers"] == 210
     assert list(summary["left_alone"]) == ["lm_head"]
-    # Melding changes little (on few rows it may even help by chance), and four steps already gain.
-    assert 0 < abs(summary["val_loss_before"] - summary["val_loss_base"]) < 0.1
+    # On all 30 rows melding costs a little, and three steps already gain.
+    assert 0 < summary["val_loss_before"] - summary["val_loss_base"] < 0.1
     assert summary["val_loss_after"] < summary["val_loss_before"]
     assert len(list((root / "wandb").glob("offline-run-*"))) == 1
     with (root / "metrics.csv").open() as file:
         trained = [row for row in csv.DictReader(file) if row["train/loss"]]
-    assert len(trained) == 4
+    assert len(trained) == 3
     assert float(trained[-1]["falqon/codes_flipped"]) > 0
     report = inspect.inspect_checkpoint(root / "checkpoints" / "last.ckpt")
-    assert report["global_step"] == 4
+    assert report["global_step"] == 3
     assert "Run report" in capsys.readouterr().out

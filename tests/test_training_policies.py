@@ -49,14 +49,15 @@ def test_a_cut_run_ends_as_one_that_was_not(
 def test_the_loss_at_the_end_is_that_of_the_flushed_weights(
     cli: Callable, tiny_run: Callable, preset: str
 ) -> None:
-    config = tiny_run(update={"preset": preset, "every": 1}, rows=2)
+    # Few rows, so that something is pending at the end; `released` would lose nearly all of it.
+    config = tiny_run(update=preset, rows="rank" if preset == "released" else 2)
     config["report"]["sample_answer"] = False
     fit = cli("fit", config)
     root = Path(config["trainer"]["default_root_dir"])
     plugin = fit.trainer.precision_plugin
     assert not plugin.is_pending()
     summary = json.loads((root / "summary.json").read_text())
-    assert summary["val_loss_after"] < summary["val_loss_before"]
+    assert summary["val_loss_after"] < summary["val_loss_before"] - 0.01
     last = [float(r["val/loss"]) for r in rows(root) if r["val/loss"]][-1]
     assert summary["val_loss_after"] == pytest.approx(last)
     checkpoint = root / "checkpoints" / "last.ckpt"

@@ -140,16 +140,16 @@ def _write(
         new = encode_stochastic(target, E4M3, bits)
     flipped = torch.count_nonzero(new != old)
     after = _values(new)
-    landed = (after - _values(old)).flatten()
-    saturated = torch.zeros_like(flipped)
+    change = wanted.flatten()
+    landed, saturated = change, torch.zeros_like(flipped)  # without FP8 rounding nothing is lost
     if not exact:
+        landed = (after - _values(old)).flatten()
         largest = (new == E4M3.max_code) | (new == E4M3.max_code + 128)
         saturated = torch.count_nonzero(largest)
     if rows is None:
         codes[:out] = new
     else:
         codes[rows] = new
-    change = wanted.flatten()
     unit = scale.double()[0].square()
     counts = RowUpdateCounts(
         written=torch.full_like(flipped, len(wanted)),

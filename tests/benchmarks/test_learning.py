@@ -18,8 +18,8 @@ def arguments(tokenizer_dir: str, alpaca_file: str, tmp_path: Path) -> list[str]
     return [
         *("--model", tokenizer_dir, "--data", alpaca_file, "--output", str(tmp_path / "study")),
         *("--rank", "4", "--steps", "4", "--eval-every", "2", "--batch-size", "4"),
-        *("--max-length", "128", "--val-rows", "4", "--rates", "0.01", "0.05"),
-        *("--lora-rates", "0.05", "--seeds", "0", "1", "--device", "cpu"),
+        *("--max-length", "128", "--val-rows", "4", "--rates", "0.003", "0.01"),
+        *("--lora-rates", "0.01", "--seeds", "0", "1", "--device", "cpu"),
     ]
 
 
@@ -40,7 +40,7 @@ def test_study_runs_writes_and_goes_on(
         losses = json.loads(run["losses"])
         assert list(losses) == ["0", "2", "4"]
         assert float(run["final"]) == pytest.approx(losses["4"], abs=1e-5)
-        assert losses["4"] != losses["0"]  # four steps of a tiny model at these rates may go up
+        assert losses["4"] < losses["0"]
     falqon = [r for r in runs if r["method"] != "lora"]
     assert all(float(r["codes_changed"]) > 0 for r in falqon)
     live = {r["rate"]: float(r["final"]) for r in falqon[:2]}
@@ -64,7 +64,7 @@ def test_measuring_does_not_disturb_the_training(arguments: list[str], tmp_path:
     for name, every in (("often", "1"), ("seldom", "4")):
         output = str(tmp_path / name)
         given = [*arguments, "--output", output, "--eval-every", every, "--seeds", "0"]
-        main([*given, "--methods", "live:rows=2", "--rates", "0.05"])
+        main([*given, "--methods", "live:rows=2", "--rates", "0.01"])
         with (tmp_path / name / "runs.csv").open(newline="") as file:
             finals.append([r["final"] for r in csv.DictReader(file)])
     assert finals[0] == finals[1]
