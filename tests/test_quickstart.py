@@ -26,7 +26,6 @@ def test_quickstart_shortened(
             "--config=configs/quickstart.yaml",
             f"--trainer.default_root_dir={root}",
             "--trainer.max_steps=3",
-            "--trainer.limit_val_batches=1",
             "--trainer.enable_progress_bar=false",
             "--report.max_new_tokens=4",
             "--data.init_args.batch_size=4",
