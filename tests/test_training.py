@@ -16,13 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-import wandb
 import yaml
 from safetensors.torch import load_file, save_file
 
 from falqon.checkpoint import read_checkpoint, training_hash
 from falqon.cli import main as falqon_command
-from tests.wandb_file import records
 
 ROOT = Path(__file__).parents[1]
 Config = dict[str, Any]
@@ -310,27 +308,6 @@ def test_flags_and_overlays_reach_the_plugin(
     plugin = result.trainer.precision_plugin
     assert (plugin.update.rows, plugin.melding.rank, plugin.update.seed) == (0.5, 8, 7)
     assert next(iter(plugin.layers.values())).B.shape[1] == 8
-
-
-def test_wandb_gets_the_resolved_configuration_and_the_fp8_metrics(
-    cli: Callable, tiny_run: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    config = tiny_run()
-    config["wandb"] = {"mode": "offline"}
-    cli("fit", config, "--trainer.max_steps=3")
-    assert wandb.run is None
-    root = Path(config["trainer"]["default_root_dir"])
-    (directory,) = (root / "wandb").glob("offline-run-*")
-    found = list(records(directory))
-    settings = {i.key: json.loads(i.value_json) for r in found for i in r.config.update}
-    settings |= {i.key: json.loads(i.value_json) for r in found for i in r.run.config.update}
-    assert settings["trainer"]["plugins"][0]["init_args"]["rank"] == 4
-    assert (
-        settings["model"]["init_args"]["lr_scheduler"]["class_path"] == "lit_modules.WarmupConstant"
-    )
-    names = {".".join(i.nested_key) or i.key for r in found for i in r.history.item}
-    assert {"train/loss", "val/loss", "falqon/realised_ratio", "train/tokens_per_s"} <= names
 
 
 def test_inspect_reads_a_checkpoint(
