@@ -53,16 +53,15 @@ class MeldReport:
         if not self.converted:
             return "melded: nothing"
         captured = sum(i.captured for i in self.converted.values()) / len(self.converted)
+        adapters = {
+            "svd_error": f"the adapters hold {captured:.1%} of the quantisation error",
+            "svd_weight": f"the adapters hold {captured:.1%} of the weights",
+            "kaiming": "the adapters are random",
+        }[self.adapter]
         lines = [
             f"melded {len(self.converted)} linear layers to FP8: "
             f"{self.bytes_before / 2**20:.1f} MiB of weights became "
-            f"{self.bytes_after / 2**20:.1f} MiB; "
-            + (
-                "the adapters are random"
-                if self.adapter == "kaiming"
-                else f"the adapters hold {captured:.1%} of the "
-                + ("quantisation error" if self.adapter == "svd_error" else "weights")
-            )
+            f"{self.bytes_after / 2**20:.1f} MiB; {adapters}"
         ]
         lines += [f"left alone: {fqn} ({reason})" for fqn, reason in self.skipped.items()]
         return "\n".join(lines)
