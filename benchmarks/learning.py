@@ -5,8 +5,10 @@
 Every method gets the same model, rows, batch order and steps. With the first seed it is run at each
 of its learning rates; the best of these is then repeated with the other seeds. The loss of a FALQON
 method is that of the weights it would serve: FP8 codes with everything pending written (on a copy,
-so that training goes on undisturbed). `runs.csv` gets a line for each finished run and is read when
-the command is started again, so that an interrupted study goes on where it was.
+so that training goes on undisturbed), and inputs rounded to FP8 as in training. At the end they are
+also measured with 16-bit inputs, as a server without FP8 units would use them. `runs.csv` gets a
+line for each finished run and is read when the command is started again, so that an interrupted
+study goes on where it was.
 """
 
 from __future__ import annotations
@@ -59,9 +61,17 @@ class Method:
 
 @dataclass
 class Run:
-    """What came of one training."""
+    """What came of one training.
+
+    Attributes:
+        losses: held-out loss by step.
+        loss_16bit: of the last weights, with inputs that are not rounded to FP8.
+        step_seconds, update_seconds: of a step, and of the update in it; means.
+        flipped_share: codes that differ from those of the melded model.
+    """
 
     losses: dict[int, float]
+    loss_16bit: float
     step_seconds: float
     update_seconds: float
     flipped_share: float
@@ -162,18 +172,25 @@ class Study:
             if plugin is not None and plugin.proxy_update is not None:
                 plugin.proxy_update.step(step)
                 if step >= steps - method.closing:
-                    plugin.flush()
+                    plugin.flush(lambda: self._calibrate(model, plugin))
                 plugin.steps += 1
             end = time.perf_counter()
             total, updating = total + end - start, updating + end - middle
             if (step + 1) % self.args.eval_every == 0 or step + 1 == steps:
                 losses[step + 1] = served()
                 print(f"  step {step + 1}: {losses[step + 1]:.4f}", flush=True)
-        changed = 0.0
+        changed, exact_inputs = 0.0, losses[steps]
         if plugin is not None and plugin.fp8.emulate == "fp8":
-            plugin.flush()
+            plugin.flush(lambda: self._calibrate(model, plugin))
             changed = _changed_share(self.base, model, plugin)
-        return Run(losses, total / steps, updating / steps, changed)
+            exact_inputs = self.loss(_dequantized(self.base, plugin))
+        return Run(losses, exact_inputs, total / steps, updating / steps, changed)
+
+    def _calibrate(self, model: nn.Module, plugin: FalqonPrecision) -> None:
+        model.eval()
+        for tokens in self.data.calibration_rows(plugin.update.calibration_rows):
+            model(input_ids=tokens[None].to(self.args.device), use_cache=False)
+        model.train()
 
     def _prepare(self, method: Method, seed: int) -> tuple[nn.Module, FalqonPrecision | None]:
         model = deepcopy(self.base)
@@ -206,7 +223,7 @@ class Study:
             tensors = [t for x in plugin.layers.values() for t in (x.codes.data, x.B.data)]
             before = [t.clone() for t in tensors]
             state = deepcopy(plugin.proxy_update.state_dict())
-            plugin.flush()
+            plugin.flush(lambda: self._calibrate(model, plugin))
             loss = self.loss(model)
             for tensor, old in zip(tensors, before, strict=True):
                 tensor.copy_(old)
@@ -229,7 +246,19 @@ def _changed_share(base: nn.Module, model: nn.Module, plugin: FalqonPrecision) -
     return changed / total
 
 
-COLUMNS = ("method", "rate", "seed", "final", "losses", "step_s", "update_s", "codes_changed")
+def _dequantized(base: nn.Module, plugin: FalqonPrecision) -> nn.Module:
+    """The base with what the melded layers hold, in its own dtype."""
+    model = deepcopy(base)
+    for name, layer in plugin.layers.items():
+        weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
+        weight.data = layer.dequantized_weight(weight.dtype)
+    return model
+
+
+COLUMNS = (
+    "method", "rate", "seed", "final", "final_16bit_inputs", "losses", "step_s", "update_s",
+    "codes_changed",
+)  # fmt: skip
 
 
 class Results:
@@ -248,7 +277,8 @@ class Results:
 
     def add(self, method: Method, rate: float, seed: int, run: Run) -> dict[str, str]:
         final = run.losses[max(run.losses)]
-        values = (method.name, rate, seed, f"{final:.5f}", json.dumps(run.losses))
+        finals = (f"{final:.5f}", f"{run.loss_16bit:.5f}")
+        values = (method.name, rate, seed, *finals, json.dumps(run.losses))
         times = (f"{run.step_seconds:.4f}", f"{run.update_seconds:.4f}")
         row = dict(
             zip(COLUMNS, map(str, (*values, *times, f"{run.flipped_share:.4f}")), strict=True)
@@ -300,6 +330,9 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "seeds": len(rows),
                 "mean": statistics.fmean(finals),
                 "spread": statistics.stdev(finals) if len(finals) > 1 else 0.0,
+                "mean, 16-bit inputs": statistics.fmean(
+                    float(row["final_16bit_inputs"]) for row in rows
+                ),
                 "update share of step": update / step,
                 "codes changed": statistics.fmean(float(r["codes_changed"]) for r in rows),
                 "curves": [json.loads(row["losses"]) for row in rows],
@@ -310,9 +343,13 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def table(summary: list[dict[str, Any]]) -> str:
     """The summary as a Markdown table."""
-    columns = ("method", "rate", "seeds", "mean", "spread", "update share of step", "codes changed")
+    columns = (
+        "method", "rate", "seeds", "mean", "spread", "mean, 16-bit inputs",
+        "update share of step", "codes changed",
+    )  # fmt: skip
     formats = {
         "mean": ".4f",
+        "mean, 16-bit inputs": ".4f",
         "spread": ".4f",
         "update share of step": ".1%",
         "codes changed": ".1%",

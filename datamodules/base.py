@@ -9,9 +9,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.collate import PackCollator, PadCollator, PromptCollator, PromptRow
@@ -368,6 +370,19 @@ class InstructionDataModule(LightningDataModule, ABC):
         return ResumableLoader(
             split.rows, sampler, fingerprint, self._collator(), num_workers=self.num_workers
         )
+
+    def calibration_rows(self, count: int) -> list[Tensor]:
+        """Training examples for what looks at the model's inputs; the same at every call.
+
+        Args:
+            count: how many; fewer if there are not so many.
+
+        Returns:
+            Token ids, int64 [n] each, without padding; drawn with `seed`.
+        """
+        rows = self._required("train").encoded.rows
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
+        return [torch.from_numpy(rows[i][0].astype(np.int64)) for i in order[:count].tolist()]
 
     def val_dataloader(self) -> Any:
         """Validation batches in the order of the data; an empty list without validation data."""

@@ -249,11 +249,19 @@ class FalqonPrecision(Precision):
         logs |= self.scaling.statistics()
         return {f"falqon/{name}": value for name, value in logs.items()}
 
-    def flush(self) -> None:
-        """Write all that is pending: the weights are then those that would be served."""
+    def flush(self, calibrate: Callable[[], None] | None = None) -> None:
+        """Write all that is pending: the weights are then those that would be served.
+
+        Args:
+            calibrate: runs the model on some training data; needed with `flush_rounding:
+                compensated`, where all ranks have to run it on the same.
+
+        Raises:
+            InputError: if it is needed and not there.
+        """
         if self.is_pending():
             assert self.proxy_update is not None
-            self.proxy_update.flush(self.steps)
+            self.proxy_update.flush(self.steps, calibrate)
 
     def is_pending(self) -> bool:
         """Something learned is not in the codes yet; waits for the device."""

@@ -5,7 +5,7 @@ What the presets differ in is in `falqon.recipe.UpdateRecipe`, what they mean in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from falqon.errors import InputError
-from falqon.kernels import Origin, RowUpdate, RowUpdateCounts
+from falqon.kernels import Compensation, Origin, RowUpdate, RowUpdateCounts, compensation
 from falqon.linear import MeldedLinear
+from falqon.moments import InputMoments
 from falqon.recipe import UpdateRecipe
 from falqon.rows import RowState, select_rows
 
@@ -91,6 +92,7 @@ class ProxyUpdate:
         for layer in layers.values():
             layer.live = recipe.live
         self._checked = False
+        self._is_closed = False  # nothing was trained since the last flush
         self._counts: list[Tensor] = []
         # Squared norms and products of wanted and landed change since the start, [layers].
         self._landed = torch.zeros(len(layers), dtype=torch.float64, device="cpu")
@@ -109,6 +111,7 @@ class ProxyUpdate:
             InputError: if the layers' codes are not those of the originals, see `load_state_dict`.
         """
         self._check()
+        self._is_closed = False
         counts: list[RowUpdateCounts] = []
         lost: list[Tensor] = []
         written: list[int] = []
@@ -120,9 +123,7 @@ class ProxyUpdate:
             if state.steps % self.recipe.every:
                 continue
             state.follow()
-            # A B that is not finite cannot be written, and would act for good where it is live.
-            finite = torch.isfinite(layer.B.sum(dim=1, keepdim=True))
-            layer.B.copy_(torch.where(finite, layer.B, 0.0))
+            _drop_diverged(layer)
             rows, change = self._select(layer, state)
             counts.append(self._write(layer, state, rows, change, number, index))
             written.append(index)
@@ -132,24 +133,79 @@ class ProxyUpdate:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def flush(self, number: int) -> None:
+    def flush(self, number: int, calibrate: Callable[[], None] | None = None) -> None:
         """Write every pending row, whatever the policy selects: afterwards B is zero.
 
-        What `project` would keep of a row is dropped: nothing of it could be served.
+        What `project` would keep of a row is dropped: nothing of it could be served. With
+        `flush_rounding: compensated` all rows are written, those with nothing pending as well, and
+        `calibrate` is run once for every `calibration_memory` bytes of second moments, so that a
+        layer's inputs are those that the layers before it, already written, give.
+
+        Args:
+            number: of the optimizer step, as in `step`.
+            calibrate: runs the model on some training data, for `flush_rounding: compensated`.
 
         Raises:
-            InputError: as `step` does.
+            InputError: as `step` does, and if `calibrate` is missing.
         """
         self._check()
-        counts = []
-        for index, (name, layer) in enumerate(self.layers.items()):
-            state = self.states[name]
-            state.follow()
-            counts.append(self._write(layer, state, None, layer.pending(), number, index, True))
+        compensated = self.recipe.flush_rounding == "compensated"
+        for layer in self.layers.values():
+            _drop_diverged(layer)
+        counts: list[RowUpdateCounts] = []
+        for group in self._groups() if compensated else [list(self.layers)]:
+            moments = self._measure(group, calibrate) if compensated else None
+            prepared: dict[str, Compensation] = {}
+            for name in group:
+                layer, state = self.layers[name], self.states[name]
+                state.follow()
+                if moments is not None and moments.owner(name) not in prepared:
+                    prepared = {moments.owner(name): compensation(moments.moment(name))}
+                counts.append(
+                    self._write(
+                        layer,
+                        state,
+                        None,
+                        layer.pending(),
+                        number,
+                        len(counts),
+                        True,
+                        prepared[moments.owner(name)] if moments is not None else None,
+                    )
+                )
+        self._is_closed = True
         self._collect(counts, [], list(range(len(counts))))
 
+    def _groups(self) -> Iterator[list[str]]:
+        """Layers in their order, by how many second moments may be in memory at once."""
+        group: list[str] = []
+        held = 0
+        for name, layer in self.layers.items():
+            size = 4 * layer.in_features**2
+            if group and held + size > self.recipe.calibration_memory:
+                yield group
+                group, held = [], 0
+            group.append(name)
+            held += size
+        yield group
+
+    def _measure(self, group: list[str], calibrate: Callable[[], None] | None) -> InputMoments:
+        if calibrate is None:
+            raise InputError(
+                "flush_rounding 'compensated' looks at the layers' inputs: give flush a function "
+                "that runs the model on some training data, or set flush_rounding to 'same'."
+            )
+        with InputMoments({name: self.layers[name] for name in group}) as moments:
+            calibrate()
+        return moments
+
     def is_pending(self) -> bool:
-        """Some row has a change that is not written; waits for the device."""
+        """What is learned is not all in the codes yet, as `flush` would write it.
+
+        Waits for the device.
+        """
+        if self.recipe.flush_rounding == "compensated" and not self._is_closed:
+            return any(state.steps for state in self.states.values())
         return any(bool(layer.B.any()) for layer in self.layers.values())
 
     def _check(self) -> None:
@@ -209,8 +265,12 @@ class ProxyUpdate:
         number: int,
         index: int,
         last: bool = False,
+        compensation: Compensation | None = None,
     ) -> RowUpdateCounts:
-        """Write rows (None: all); those whose change is zero stay as they are, in B as well."""
+        """Write rows (None: all); those whose change is zero stay as they are, in B as well.
+
+        With a compensation their codes are written too.
+        """
         if rows is None:
             where: Tensor | slice = slice(None)
             on_host = where
@@ -235,6 +295,7 @@ class ProxyUpdate:
             (self.recipe.seed, number, index),
             origin,
             state.gram_inverse if project else None,
+            compensation,
         )
         left = torch.zeros_like(change) if kept is None else kept / layer.lora_scaling
         layer.B[where] = torch.where(held[:, None], left, layer.B[where])
@@ -324,8 +385,14 @@ class ProxyUpdate:
                 own.applied.copy_(state["applied"][name])
         self._landed = state["landed"].clone()
         self._wanted = state["wanted"].clone()
-        self._checked = True
+        self._checked, self._is_closed = True, False
 
     def originals(self) -> dict[str, Tensor]:
         """What rows are derived from, by layer, in host memory; empty if they are not."""
         return {n: s.original for n, s in self.states.items() if s.original is not None}
+
+
+def _drop_diverged(layer: MeldedLinear) -> None:
+    """Clear rows of B that are not finite: they cannot be written, and would act for good."""
+    finite = torch.isfinite(layer.B.sum(dim=1, keepdim=True))
+    layer.B.copy_(torch.where(finite, layer.B, 0.0))

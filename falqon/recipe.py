@@ -18,6 +18,7 @@ from falqon.errors import InputError
 Granularity = Literal["per_token", "per_tensor"]
 ScaleRounding = Literal["power_of_two", "none"]
 Rounding = Literal["nearest", "stochastic"]
+FlushRounding = Literal["same", "compensated"]
 Adapter = Literal["svd_error", "svd_weight", "kaiming"]
 Selection = Literal["l1", "norm", "flips"]
 Written = Literal["drop", "project", "codes", "weights"]
@@ -217,6 +218,12 @@ class UpdateRecipe:
             original weights, `Q(W0[i] + (sum of B[i]) A)`.
         live: the pending change takes part in forward and backward, `O + O_A B^T`.
         rounding: of the written codes.
+        flush_rounding: of the codes that `flush` writes: the `same`, or `compensated`, so that
+            errors cancel in the layers' outputs (see `falqon.kernels.compensated`). The latter
+            looks at the inputs that training data gives the layers.
+        calibration_rows: training examples that it looks at.
+        calibration_memory: bytes of second moments that it may hold at once, one [in, in] float32
+            matrix a layer. With fewer the examples are run through the model more often.
         seed: seed of stochastic rounding.
 
     Raises:
@@ -233,6 +240,9 @@ class UpdateRecipe:
     written: Written = "drop"
     live: bool = False
     rounding: Rounding = "nearest"
+    flush_rounding: FlushRounding = "same"
+    calibration_rows: int = 96
+    calibration_memory: int = 2 * 2**30
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -243,7 +253,13 @@ class UpdateRecipe:
         if not isinstance(self.live, bool):
             raise InputError(f"{name}.live is {self.live!r}; write true or false.")
         _one_of(name, "rounding", self.rounding, get_args(Rounding))
-        for key, value in (("every", self.every), ("max_age", self.max_age)):
+        _one_of(name, "flush_rounding", self.flush_rounding, get_args(FlushRounding))
+        for key, value in (
+            ("every", self.every),
+            ("max_age", self.max_age),
+            ("calibration_rows", self.calibration_rows),
+            ("calibration_memory", self.calibration_memory),
+        ):
             if value is not None and (
                 isinstance(value, bool) or not isinstance(value, int) or value < 1
             ):
@@ -306,12 +322,20 @@ PRESETS: dict[str, UpdateRecipe] = {
     "anchored": UpdateRecipe(preset="anchored", rows="rank", written="codes"),
     "master": UpdateRecipe(preset="master", rows="rank", written="weights"),
     "live": UpdateRecipe(preset="live", rows="rank", written="weights", live=True),
+    "compensated": UpdateRecipe(
+        preset="compensated",
+        rows="rank",
+        every=8,
+        written="weights",
+        live=True,
+        flush_rounding="compensated",
+    ),
 }
 """Named update policies, described in docs/method.md. `paper` is the paper's rule, `released` that
 of its published code."""
 
 
-DEFAULT_PRESET = "live"
+DEFAULT_PRESET = "compensated"
 """Policy of `FalqonPrecision`, and what a mapping without `preset` changes."""
 
 
@@ -324,7 +348,7 @@ def update_recipe(
 
     Args:
         update: a name in `PRESETS`; fields of `UpdateRecipe`, with `preset` naming the preset they
-            change (`live` if left out); or a recipe.
+            change (`compensated` if left out); or a recipe.
         rows, changes: further fields to change, None leaves `rows` as it is.
 
     Raises:

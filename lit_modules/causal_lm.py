@@ -234,7 +234,27 @@ class LitCausalLM(LightningModule):
         """Write what is pending in the proxy buffers, unless training goes on from here."""
         plugin = self.trainer.precision_plugin
         if isinstance(plugin, FalqonPrecision) and self.trainer.state.fn != "fit":
-            plugin.flush()
+            plugin.flush(self._calibrate)
+
+    @torch.no_grad()
+    def _calibrate(self) -> None:
+        """Run the model on training examples, for a flush that looks at the layers' inputs."""
+        assert self.model is not None
+        plugin = self.trainer.precision_plugin
+        assert isinstance(plugin, FalqonPrecision)
+        rows = getattr(getattr(self.trainer, "datamodule", None), "calibration_rows", None)
+        if rows is None:
+            raise InputError(
+                "flush_rounding 'compensated' looks at training examples, which a data module of "
+                "this project gives: use one, or set update.flush_rounding to 'same'."
+            )
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for tokens in rows(plugin.update.calibration_rows):
+                self.model(input_ids=tokens[None].to(self.device), use_cache=False)
+        finally:
+            self.model.train(was_training)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add a batch's loss to the sums of `val/loss`."""

@@ -11,7 +11,7 @@ from torch import nn
 from falqon.errors import InputError
 from falqon.meld import meld_linear, melded_layers
 from falqon.proxy import ProxyUpdate
-from falqon.recipe import PRESETS, RECIPES, MeldRecipe, UpdateRecipe, update_recipe
+from falqon.recipe import DEFAULT_PRESET, PRESETS, RECIPES, MeldRecipe, UpdateRecipe, update_recipe
 from falqon.rows import binades
 from tests.policies import RANK, add, by_hand, make, make_model, random, written_rows
 
@@ -221,7 +221,10 @@ def test_flips_are_refused_where_there_are_no_codes(change: dict[str, Any]) -> N
         ({"threshold": 2}, ["threshold", "2", "0 to 1"]),
         ({"threshold": -0.1}, ["threshold", "-0.1"]),
         ({"threshold": float("nan")}, ["threshold", "nan"]),
-        ({"threshold": 0.1, "max_age": 5}, ["threshold", "max_age", "one of them"]),
+        (
+            {"threshold": 0.1, "max_age": 9},
+            ["threshold", "max_age", "one of them"],
+        ),
         ({"ages": 3}, ["unknown key 'ages'", "max_age"]),
         ({"preset": "papr"}, ["papr", "paper", "anchored", "live"]),
     ],
@@ -237,7 +240,7 @@ def test_policy_from_fields() -> None:
     expected = UpdateRecipe(preset="feedback", rows=7, written="project", every=2, live=True)
     assert recipe == expected
     assert update_recipe({"preset": "live"}) == PRESETS["live"]
-    assert update_recipe({"every": 2}) == update_recipe("live", every=2)
+    assert update_recipe({"every": 2}) == update_recipe(DEFAULT_PRESET, every=2)
     # What is given on top wins, and only what is given.
     again = update_recipe({"preset": "feedback", "rows": 7, "seed": 1}, 9, rounding="stochastic")
     assert (again.rows, again.seed, again.rounding) == (9, 1, "stochastic")
@@ -247,7 +250,7 @@ def test_policy_from_fields() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_layers_are_live_as_the_policy_says(preset: str) -> None:
     layers, _ = make(preset)
-    assert {layer.live for layer in layers} == {preset == "live"}
+    assert {layer.live for layer in layers} == {preset in ("live", "compensated")}
 
 
 # -- statistics ---------------------------------------------------------------------------------

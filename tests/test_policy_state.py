@@ -225,7 +225,7 @@ def test_two_replicas_get_identical_bits(policy: str, rounding: Any) -> None:
     for copied in (copy.deepcopy(model), copy.deepcopy(model)):
         recipe = update_recipe(POLICIES[policy], 3, rounding=rounding)
         update = ProxyUpdate(melded_layers(copied), recipe, dict(weights))
-        for step in range(6):
+        for step in range(8):
             add(list(update.layers.values()), step)
             update.step(step)
         replicas.append(update)

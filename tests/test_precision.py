@@ -268,7 +268,7 @@ def test_recipe_as_fields_of_a_named_one() -> None:
 
 def test_metrics_name_what_happened() -> None:
     module = Net([])
-    plugin = FalqonPrecision(rank=4, rows=3)
+    plugin = FalqonPrecision(rank=4, rows=3, update="live")
     assert plugin.metrics() == {}
     fit(module, plugin)
     metrics = plugin.metrics()

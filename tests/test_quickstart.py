@@ -41,7 +41,7 @@ def test_quickstart_shortened(
     with (root / "metrics.csv").open() as file:
         trained = [row for row in csv.DictReader(file) if row["train/loss"]]
     assert len(trained) == 3
-    assert float(trained[-1]["falqon/codes_flipped"]) > 0
+    assert float(trained[-1]["falqon/pending_norm"]) > 0
     report = inspect.inspect_checkpoint(root / "checkpoints" / "last.ckpt")
     assert report["global_step"] == 3
     assert "Run report" in capsys.readouterr().out

@@ -122,7 +122,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
     cli: Callable, tiny_run: Callable, tmp_path: Path
 ) -> None:
     config = tiny_run()
-    config["trainer"]["max_steps"] = 40
+    config["trainer"]["max_steps"] = 80
     straight = set_root(config, tmp_path / "straight")
     cli("fit", config)
     killed = set_root(config, tmp_path / "killed")
@@ -138,11 +138,11 @@ def test_a_killed_run_resumes_to_the_same_bits(
     process.wait()
     assert checkpoint.exists(), process.stdout.read().decode() if process.stdout else ""
     assert process.returncode == -signal.SIGKILL
-    assert read_checkpoint(checkpoint)["global_step"] < 40
+    assert read_checkpoint(checkpoint)["global_step"] < 80
     assert rows(killed)
     cli("fit", config, f"--ckpt_path={checkpoint}")
     assert digest(killed) == digest(straight)
-    assert [int(r["step"]) for r in rows(killed) if r["train/loss"]] == list(range(40))
+    assert [int(r["step"]) for r in rows(killed) if r["train/loss"]] == list(range(80))
 
 
 def test_accumulated_batches_equal_one_large_batch(

@@ -20,6 +20,7 @@ from tests.test_training import Config, digest, rows, set_root
 POLICIES: dict[str, str | dict[str, Any]] = {
     "feedback": "feedback",
     "live": "live",
+    "compensated": {"preset": "compensated", "every": 2, "calibration_memory": 1},
     "live on codes, every 3": {"preset": "live", "written": "codes", "every": 3},
     "flips, aged": {"preset": "feedback", "select": "flips", "max_age": 5, "rows": 2},
     "threshold": {"preset": "live", "rows": "all", "threshold": 0.05, "rounding": "stochastic"},
@@ -114,7 +115,7 @@ def test_mistakes_in_the_policy_are_one_sentence(
 ) -> None:
     with pytest.raises(SystemExit):
         cli("fit", tiny_run(update="best"))
-    assert "choose one of anchored, feedback, live" in capsys.readouterr().err
+    assert "choose one of anchored, compensated, feedback" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli("fit", tiny_run(update={"preset": "live", "speed": 3}))
     assert "unknown key 'speed' in the update policy" in capsys.readouterr().err

@@ -5,6 +5,7 @@ Knows neither Lightning nor transformers.
 """
 
 from falqon.kernels.backbone_matmul import BackboneMatmul, backbone_matmul
+from falqon.kernels.compensated import Compensation, compensation, encode_compensated
 from falqon.kernels.melded_matmul import MeldedMatmul, melded_matmul
 from falqon.kernels.pending import Pending, add_pending, add_pending_grad
 from falqon.kernels.proxy_grad import ProxyGrad, proxy_grad
@@ -13,6 +14,7 @@ from falqon.kernels.row_update import Origin, RowUpdate, RowUpdateCounts, row_up
 
 __all__ = [
     "BackboneMatmul",
+    "Compensation",
     "MeldedMatmul",
     "Origin",
     "PassThrough",
@@ -24,6 +26,8 @@ __all__ = [
     "add_pending",
     "add_pending_grad",
     "backbone_matmul",
+    "compensation",
+    "encode_compensated",
     "melded_matmul",
     "proxy_grad",
     "row_update",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from falqon.fp8 import E4M3, decode, encode, encode_stochastic, philox
+from falqon.kernels.compensated import Compensation, encode_compensated
 from falqon.recipe import Rounding
 
 
@@ -15,7 +16,8 @@ class RowUpdateCounts(NamedTuple):
     """What a row update did; scalar tensors.
 
     Attributes:
-        written: rows whose change was finite and whose B was not zero, int64.
+        written: rows whose change was finite and whose B was not zero (with a compensation also
+            those whose B was zero), int64.
         codes: codes in those rows, int64.
         flipped: codes that changed, int64.
         saturated: codes of written rows at the largest magnitude, int64.
@@ -52,6 +54,7 @@ def row_update(
     counter: tuple[int, int, int] = (0, 0, 0),
     origin: Origin | None = None,
     gram_inverse: Tensor | None = None,
+    compensation: Compensation | None = None,
 ) -> tuple[RowUpdateCounts, Tensor | None]:
     """`W[K] = Q(DQ(W[K]) + B[K] A)` in place, with the unchanged scale, saturating.
 
@@ -71,24 +74,37 @@ def row_update(
         origin: derive the rows from it.
         gram_inverse: pseudo-inverse of `A A^T` in units of codes, float32 [r, r]: asks for the
             remainder, the part of the change that rounding left, projected on the rows of A.
+        compensation: round with it (see `encode_compensated`), rows whose B is zero as well.
+            Without FP8 rounding there is nothing to compensate.
 
     Returns:
         Counts over the written rows, and with `gram_inverse` the remainder as a B, float32 [k, r]
         (zero in rows that were not written).
     """
-    keep = torch.isfinite(proxy.sum(dim=1)) & (proxy != 0).any(dim=1)
+    keep = torch.isfinite(proxy.sum(dim=1))
+    if compensation is None:
+        keep &= (proxy != 0).any(dim=1)
     if bool(keep.all()):
         wanted, target = _targets(codes, scale, rows, proxy, origin)
         # A sum is finite only if all its terms are. A finite B can still overflow in B A.
         keep = torch.isfinite(wanted.sum(dim=1) + target.sum(dim=1))
         if bool(keep.all()):
-            return _write(codes, scale, rows, wanted, target, rounding, counter, gram_inverse)
+            new = _round(codes, rows, target, rounding, counter, compensation)
+            return _write(codes, scale, rows, wanted, target, new, gram_inverse)
     # Selecting rows and starting again costs less than masking whole matrices every time.
     number = torch.arange(len(proxy), device=proxy.device) if rows is None else rows
     if origin is not None:
         origin = Origin(origin.values[keep], origin.total[keep])
     counts, some = row_update(
-        codes, scale, number[keep], proxy[keep], rounding, counter, origin, gram_inverse
+        codes,
+        scale,
+        number[keep],
+        proxy[keep],
+        rounding,
+        counter,
+        origin,
+        gram_inverse,
+        compensation,
     )
     remainder = None
     if some is not None:
@@ -114,30 +130,41 @@ def _targets(
     return wanted, torch.addmm(start, origin.total, adapter)
 
 
+def _round(
+    codes: Tensor,
+    rows: Tensor | None,
+    target: Tensor,
+    rounding: Rounding,
+    counter: tuple[int, int, int],
+    compensation: Compensation | None,
+) -> Tensor:
+    """What is written: the rounded target, uint8 [k, in] (or the target itself)."""
+    if codes.dtype != torch.uint8:
+        return target
+    if compensation is not None:
+        return encode_compensated(target, compensation)
+    if rounding == "nearest":
+        return encode(target, E4M3)
+    seed, step, layer = counter
+    columns = torch.arange(codes.shape[1], device=codes.device)
+    number = torch.arange(len(target), device=codes.device) if rows is None else rows
+    bits = philox(seed, columns[None, :], number[:, None], step, layer)
+    return encode_stochastic(target, E4M3, bits)
+
+
 def _write(
     codes: Tensor,
     scale: Tensor,
     rows: Tensor | None,
     wanted: Tensor,
     target: Tensor,
-    rounding: Rounding,
-    counter: tuple[int, int, int],
+    new: Tensor,
     gram_inverse: Tensor | None,
 ) -> tuple[RowUpdateCounts, Tensor | None]:
-    """Round, write and count; every row counts as written."""
+    """Write and count; every row counts as written."""
     exact = codes.dtype != torch.uint8
     out = len(wanted) if rows is None else None
     old = _rows_of(codes[:out], rows)
-    if exact:
-        new = target
-    elif rounding == "nearest":
-        new = encode(target, E4M3)
-    else:
-        seed, step, layer = counter
-        columns = torch.arange(codes.shape[1], device=codes.device)
-        number = torch.arange(len(wanted), device=codes.device) if rows is None else rows
-        bits = philox(seed, columns[None, :], number[:, None], step, layer)
-        new = encode_stochastic(target, E4M3, bits)
     flipped = torch.count_nonzero(new != old)
     after = _values(new)
     change = wanted.flatten()
@@ -193,9 +220,20 @@ class RowUpdate(nn.Module):
         counter: tuple[int, int, int] = (0, 0, 0),
         origin: Origin | None = None,
         gram_inverse: Tensor | None = None,
+        compensation: Compensation | None = None,
     ) -> tuple[RowUpdateCounts, Tensor | None]:
         """See `row_update`."""
-        return row_update(codes, scale, rows, proxy, self.rounding, counter, origin, gram_inverse)
+        return row_update(
+            codes,
+            scale,
+            rows,
+            proxy,
+            self.rounding,
+            counter,
+            origin,
+            gram_inverse,
+            compensation,
+        )
 
     def extra_repr(self) -> str:
         """What `repr` shows in the brackets."""

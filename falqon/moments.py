@@ -1,0 +1,79 @@
+"""What melded layers are given: second moments of their inputs, for rounding that compensates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from falqon.linear import MeldedLinear
+
+
+class InputMoments:
+    """Sums `x x^T` over all inputs of melded layers that run within its `with` block.
+
+    Every token is scaled to unit length first. Otherwise the few tokens with massive activations
+    (the first of a sequence, above all before down_proj) would outweigh all others.
+
+    Tokens that are not finite do not count.
+
+    Layers that are given the same tensor, as q, k and v are, share one matrix.
+
+    Args:
+        layers: by full name.
+    """
+
+    def __init__(self, layers: Mapping[str, MeldedLinear]) -> None:
+        self.layers = layers
+        self._moments: dict[str, Tensor] = {}
+        self._owner: dict[str, str] = {}
+        self._last: tuple[Tensor, str] | None = None
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> InputMoments:
+        for name, layer in self.layers.items():
+
+            def hook(_: MeldedLinear, args: tuple[Tensor, ...], name: str = name) -> None:
+                self._add(name, args[0])
+
+            self._hooks.append(layer.register_forward_pre_hook(hook))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._last = None
+
+    @torch.no_grad()
+    def _add(self, name: str, x: Tensor) -> None:
+        if name not in self._owner:
+            shared = self._last is not None and self._last[0] is x
+            self._owner[name] = self._last[1] if shared and self._last is not None else name
+        if self._owner[name] != name:
+            return
+        self._last = (x, name)
+        rows = torch.nn.functional.normalize(x.detach().reshape(-1, x.shape[-1]).float(), eps=1e-30)
+        rows = torch.where(torch.isfinite(rows).all(dim=1, keepdim=True), rows, 0.0)
+        if name not in self._moments:
+            self._moments[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+        self._moments[name].addmm_(rows.t(), rows)
+
+    def owner(self, name: str) -> str:
+        """The layer whose matrix is this layer's; its own name if it shares none or never ran."""
+        return self._owner.get(name, name)
+
+    def moment(self, name: str) -> Tensor:
+        """Second moment of a layer's inputs, float32 [in, in]; zero if it never ran."""
+        layer = self.layers[name]
+        if self.owner(name) not in self._moments:
+            return torch.zeros(layer.in_features, layer.in_features, device=layer.codes.device)
+        return self._moments[self.owner(name)]
