@@ -14,6 +14,7 @@ from torch import Tensor
 
 from falqon.errors import InputError
 from falqon.kernels import Compensation, Origin, RowUpdate, RowUpdateCounts, compensation
+from falqon.kernels.row_update import LARGEST
 from falqon.linear import MeldedLinear
 from falqon.moments import InputMoments
 from falqon.recipe import UpdateRecipe
@@ -44,10 +45,6 @@ class UpdateStatistics:
     saturated_share: float
     pending_norm: float
     staleness: float
-
-
-_LARGEST = 1e30
-"""Of a B that can be written: B A stays finite with any A in FP8."""
 
 
 class ProxyUpdate:
@@ -280,7 +277,7 @@ class ProxyUpdate:
         origin = None
         if state.original is not None and state.applied is not None:
             # What would overflow in B A is not written, and must not stay in the sum for good.
-            usable = (change.abs().amax(dim=1, keepdim=True) < _LARGEST).expand_as(change)
+            usable = (change.abs().sum(dim=1, keepdim=True) < LARGEST).expand_as(change)
             change = torch.where(usable, change, torch.nan)
             total = state.applied[on_host] + torch.where(usable, change, 0.0).cpu()
             state.applied[on_host] = total

@@ -11,12 +11,16 @@ from falqon.fp8 import E4M3, decode, encode, encode_stochastic, philox
 from falqon.kernels.compensated import Compensation, encode_compensated
 from falqon.recipe import Rounding
 
+LARGEST = 1e12
+"""L1 norm of a row of B from which on it is taken to have diverged. B A and the squares that are
+counted stay finite below it, with any A in FP8."""
+
 
 class RowUpdateCounts(NamedTuple):
     """What a row update did; scalar tensors.
 
     Attributes:
-        written: rows whose change was finite and whose B was not zero (with a compensation also
+        written: rows whose B was finite and not zero (with a compensation also
             those whose B was zero), int64.
         codes: codes in those rows, int64.
         flipped: codes that changed, int64.
@@ -59,9 +63,9 @@ def row_update(
     """`W[K] = Q(DQ(W[K]) + B[K] A)` in place, with the unchanged scale, saturating.
 
     With an origin `W[K] = Q(origin + (sum of B[K]) A)`. Rows of B that are zero leave their codes
-    alone bit for bit (requantising would turn -0 into 0), and so do rows whose change is not
-    finite: a NaN gradient must not reach the weights. (This reference waits for the device to tell
-    which rows these are.)
+    alone bit for bit (requantising would turn -0 into 0), and so do rows that are not finite or
+    whose L1 norm reaches `LARGEST`: a NaN gradient must not reach the weights. On a CUDA device it
+    is one Triton kernel; elsewhere, and with a compensation, plain torch, the kernel's reference.
 
     Args:
         codes: merged weight, uint8 [out + r, in] (or float32: then the change is added exactly).
@@ -81,16 +85,18 @@ def row_update(
         Counts over the written rows, and with `gram_inverse` the remainder as a B, float32 [k, r]
         (zero in rows that were not written).
     """
-    keep = torch.isfinite(proxy.sum(dim=1))
+    if codes.is_cuda and codes.dtype == torch.uint8 and compensation is None:
+        return _row_update_triton(
+            codes, scale, rows, proxy, rounding, counter, origin, gram_inverse
+        )
+    size = proxy.abs().sum(dim=1)  # NaN and infinity fail the comparison
+    keep = size < LARGEST
     if compensation is None:
-        keep &= (proxy != 0).any(dim=1)
+        keep &= size > 0
     if bool(keep.all()):
         wanted, target = _targets(codes, scale, rows, proxy, origin)
-        # A sum is finite only if all its terms are. A finite B can still overflow in B A.
-        keep = torch.isfinite(wanted.sum(dim=1) + target.sum(dim=1))
-        if bool(keep.all()):
-            new = _round(codes, rows, target, rounding, counter, compensation)
-            return _write(codes, scale, rows, wanted, target, new, gram_inverse)
+        new = _round(codes, rows, target, rounding, counter, compensation)
+        return _write(codes, scale, rows, wanted, target, new, gram_inverse)
     # Selecting rows and starting again costs less than masking whole matrices every time.
     number = torch.arange(len(proxy), device=proxy.device) if rows is None else rows
     if origin is not None:
@@ -111,6 +117,37 @@ def row_update(
         remainder = proxy.new_zeros(proxy.shape)
         remainder[keep] = some
     return counts, remainder
+
+
+def _row_update_triton(
+    codes: Tensor,
+    scale: Tensor,
+    rows: Tensor | None,
+    proxy: Tensor,
+    rounding: Rounding,
+    counter: tuple[int, int, int],
+    origin: Origin | None,
+    gram_inverse: Tensor | None,
+) -> tuple[RowUpdateCounts, Tensor | None]:
+    """`row_update` by its Triton kernel, without waiting for the device."""
+    from falqon.kernels.row_update_triton import launch_row_update
+
+    counted, summed, rest = launch_row_update(
+        codes,
+        scale,
+        rows,
+        proxy,
+        LARGEST,
+        counter if rounding == "stochastic" else None,
+        None if origin is None else origin.values,
+        None if origin is None else origin.total,
+        gram_inverse is not None,
+    )
+    counts = RowUpdateCounts(*counted.unbind(), *(summed / scale.double().square()).unbind())
+    if rest is None or gram_inverse is None:
+        return counts, None
+    adapter = _values(codes[codes.shape[0] - len(gram_inverse) :])
+    return counts, (rest @ adapter.t()) @ gram_inverse
 
 
 def _targets(
