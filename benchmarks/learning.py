@@ -269,7 +269,12 @@ class Results:
         self.rows: list[dict[str, str]] = []
         if path.is_file():
             with path.open(newline="") as file:
-                self.rows = list(csv.DictReader(file))
+                reader = csv.DictReader(file)
+                if tuple(reader.fieldnames or ()) != COLUMNS:
+                    raise InputError(
+                        f"{path} has other columns than this release writes; give another --output."
+                    )
+                self.rows = list(reader)
 
     def find(self, method: Method, rate: float, seed: int) -> dict[str, str] | None:
         key = (method.name, str(rate), str(seed))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch import distributed as dist
 from torch.utils.hooks import RemovableHandle
 
 from falqon.linear import MeldedLinear
@@ -36,10 +38,12 @@ class InputMoments:
     def __enter__(self) -> InputMoments:
         for name, layer in self.layers.items():
 
-            def hook(_: MeldedLinear, args: tuple[Tensor, ...], name: str = name) -> None:
-                self._add(name, args[0])
+            def hook(
+                _: nn.Module, args: tuple[Any, ...], given: dict[str, Any], name: str = name
+            ) -> None:
+                self._add(name, args[0] if args else given["x"])
 
-            self._hooks.append(layer.register_forward_pre_hook(hook))
+            self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(
@@ -66,6 +70,12 @@ class InputMoments:
         if name not in self._moments:
             self._moments[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
         self._moments[name].addmm_(rows.t(), rows)
+
+    def broadcast(self) -> None:
+        """Take over rank zero's sums: ranks that differ in a last bit would write other codes."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            for moment in self._moments.values():
+                dist.broadcast(moment, 0)
 
     def owner(self, name: str) -> str:
         """The layer whose matrix is this layer's; its own name if it shares none or never ran."""

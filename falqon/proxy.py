@@ -26,7 +26,7 @@ class UpdateStatistics:
     """What the last write did over all layers.
 
     Attributes:
-        rows_written: rows with a change that was not zero.
+        rows_written: rows with a change that was not zero (all rows of a compensated flush).
         codes_flipped: FP8 codes that changed.
         codes_flipped_share: of all backbone codes.
         realised_ratio: length of the landed change along the wanted one, over the length of the
@@ -82,6 +82,8 @@ class ProxyUpdate:
                 "select 'flips' and threshold count FP8 codes that flip, and there are none with "
                 "the recipe 'none': leave them out."
             )
+        # Without FP8 rounding there is nothing to compensate.
+        self._compensates = recipe.flush_rounding == "compensated" and len(exact) < len(layers)
         self.row_update = RowUpdate(recipe.rounding)
         self.states = {
             name: RowState(layer, recipe, weights.pop(name, None)) for name, layer in layers.items()
@@ -135,8 +137,8 @@ class ProxyUpdate:
 
         What `project` would keep of a row is dropped: nothing of it could be served. With
         `flush_rounding: compensated` all rows are written, those with nothing pending as well, and
-        `calibrate` is run once for every `calibration_memory` bytes of second moments, so that a
-        layer's inputs are those that the layers before it, already written, give.
+        `calibrate` is run once for every `calibration_memory` bytes of second moments, each time
+        with the layers that were measured before already written.
 
         Args:
             number: of the optimizer step, as in `step`.
@@ -146,7 +148,7 @@ class ProxyUpdate:
             InputError: as `step` does, and if `calibrate` is missing.
         """
         self._check()
-        compensated = self.recipe.flush_rounding == "compensated"
+        compensated = self._compensates
         for layer in self.layers.values():
             _drop_diverged(layer)
         counts: list[RowUpdateCounts] = []
@@ -170,6 +172,7 @@ class ProxyUpdate:
                         prepared[moments.owner(name)] if moments is not None else None,
                     )
                 )
+            del moments, prepared  # before the next group's are made
         self._is_closed = True
         self._collect(counts, [], list(range(len(counts))))
 
@@ -194,6 +197,7 @@ class ProxyUpdate:
             )
         with InputMoments({name: self.layers[name] for name in group}) as moments:
             calibrate()
+        moments.broadcast()
         return moments
 
     def is_pending(self) -> bool:
@@ -201,8 +205,9 @@ class ProxyUpdate:
 
         Waits for the device.
         """
-        if self.recipe.flush_rounding == "compensated" and not self._is_closed:
-            return any(state.steps for state in self.states.values())
+        is_open = self._compensates and not self._is_closed
+        if is_open and any(state.steps for state in self.states.values()):
+            return True
         return any(bool(layer.B.any()) for layer in self.layers.values())
 
     def _check(self) -> None:
@@ -364,6 +369,7 @@ class ProxyUpdate:
             "last_written": {name: s.last_written for name, s in self.states.items()},
             "landed": self._landed,
             "wanted": self._wanted,
+            "closed": self._is_closed,
         }
         if self.recipe.keeps_originals:
             state["applied"] = {name: s.applied for name, s in self.states.items()}
@@ -382,7 +388,7 @@ class ProxyUpdate:
                 own.applied.copy_(state["applied"][name])
         self._landed = state["landed"].clone()
         self._wanted = state["wanted"].clone()
-        self._checked, self._is_closed = True, False
+        self._checked, self._is_closed = True, state.get("closed", False)
 
     def originals(self) -> dict[str, Tensor]:
         """What rows are derived from, by layer, in host memory; empty if they are not."""

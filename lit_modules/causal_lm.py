@@ -88,12 +88,16 @@ class LitCausalLM(LightningModule):
     # -- setting up ---------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Refuse packing where attention would not keep documents apart.
+        """Refuse what would fail or go wrong later.
 
         Raises:
-            InputError: for flash attention with packed batches of several rows.
+            InputError: for flash attention with packed batches of several rows (it would not keep
+                documents apart), and for a compensated flush without training examples to look at.
         """
         data = getattr(self.trainer, "datamodule", None)
+        plugin = self.trainer.precision_plugin
+        if stage == "fit" and isinstance(plugin, FalqonPrecision):
+            self._check_calibration(plugin)
         if getattr(data, "packing", False) and "flash" in self.attn_implementation:
             sizes = {getattr(data, "batch_size", 1), getattr(data, "eval_batch_size", 1)}
             if sizes != {1}:
@@ -236,18 +240,22 @@ class LitCausalLM(LightningModule):
         if isinstance(plugin, FalqonPrecision) and self.trainer.state.fn != "fit":
             plugin.flush(self._calibrate)
 
+    def _check_calibration(self, plugin: FalqonPrecision) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if plugin.update.flush_rounding != "same" and not hasattr(data, "calibration_rows"):
+            raise InputError(
+                "flush_rounding 'compensated' looks at training examples, which a data module of "
+                "this project gives: use one, or set update.flush_rounding to 'same'."
+            )
+
     @torch.no_grad()
     def _calibrate(self) -> None:
         """Run the model on training examples, for a flush that looks at the layers' inputs."""
         assert self.model is not None
         plugin = self.trainer.precision_plugin
         assert isinstance(plugin, FalqonPrecision)
-        rows = getattr(getattr(self.trainer, "datamodule", None), "calibration_rows", None)
-        if rows is None:
-            raise InputError(
-                "flush_rounding 'compensated' looks at training examples, which a data module of "
-                "this project gives: use one, or set update.flush_rounding to 'same'."
-            )
+        self._check_calibration(plugin)
+        rows = self.trainer.datamodule.calibration_rows  # type: ignore[attr-defined]
         was_training = self.model.training
         self.model.eval()
         try:

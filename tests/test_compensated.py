@@ -15,7 +15,7 @@ from falqon.linear import MeldedLinear
 from falqon.meld import melded_layers
 from falqon.moments import InputMoments
 from falqon.proxy import ProxyUpdate
-from falqon.recipe import PRESETS, update_recipe
+from falqon.recipe import PRESETS, Fp8Recipe, update_recipe
 from tests.policies import add, make_model, random, saved
 
 COMPENSATED = {"preset": "live", "rows": 3, "flush_rounding": "compensated"}
@@ -249,6 +249,33 @@ def test_a_row_that_diverged_since_the_last_write_is_written_as_it_was_then() ->
         codes.append([layer.codes.clone() for layer in update.layers.values()])
     for one, other in zip(*codes, strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_state_saved_after_the_flush_is_not_flushed_again() -> None:
+    model, update, _ = trained(COMPENSATED)
+    update.flush(4, lambda: model(correlated(50, 24)))
+    state = saved({"update": update.state_dict(), "model": model.state_dict()})
+    model, weights = make_model()
+    again = ProxyUpdate(melded_layers(model), update_recipe(COMPENSATED), weights)
+    model.load_state_dict(state["model"])
+    again.load_state_dict(state["update"])
+    assert not again.is_pending()
+
+
+def test_a_change_that_no_step_has_seen_is_pending() -> None:
+    model, weights = make_model()
+    update = ProxyUpdate(melded_layers(model), update_recipe(COMPENSATED), weights)
+    update.layers["0"].B.data[3] = 0.1
+    assert update.is_pending()
+
+
+def test_without_rounding_there_is_nothing_to_compensate() -> None:
+    model, weights = make_model(Fp8Recipe(emulate="none"))
+    update = ProxyUpdate(melded_layers(model), update_recipe(COMPENSATED), weights)
+    add(list(update.layers.values()), 0)
+    update.step(0)
+    update.flush(1)  # needs no inputs
+    assert not update.is_pending()
 
 
 def test_a_flush_without_inputs_says_what_to_do() -> None:

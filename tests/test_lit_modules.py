@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 from falqon import FalqonPrecision, InputError
-from lit_modules import WarmupConstant, WarmupCosine
+from lit_modules import LitCausalLM, WarmupConstant, WarmupCosine
 from lit_modules.loss import supervised_loss
 
 
@@ -139,3 +141,18 @@ def test_norms_and_loss_compute_in_float32(tiny_llama: LlamaForCausalLM) -> None
     assert loss.dtype == torch.float32
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     assert tokens == (targets != -100).sum()
+
+
+def test_a_compensated_flush_without_a_data_module_is_refused_at_once(
+    tokenizer_dir: str, tmp_path: Path
+) -> None:
+    trainer = Trainer(
+        plugins=[FalqonPrecision(rank=4, update="compensated")],
+        max_steps=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+    )
+    with pytest.raises(InputError, match="flush_rounding to 'same'"):
+        trainer.fit(LitCausalLM(tokenizer_dir), train_dataloaders=[{}])

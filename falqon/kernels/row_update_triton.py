@@ -6,6 +6,8 @@ writes the codes. What is counted leaves as one line a program, added up in a fi
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -155,13 +157,18 @@ def launch_row_update(
     """
     count, rank = proxy.shape
     features = codes.shape[1]
+    if count == 0 or features == 0:
+        nothing = torch.zeros(4, dtype=torch.int64, device=codes.device)
+        rest = torch.zeros(count, features, device=codes.device) if remainder else None
+        return nothing, nothing[:2].double(), rest
     grid = (triton.cdiv(features, BLOCK_COLUMNS), triton.cdiv(count, BLOCK_ROWS))
     counted = torch.zeros(grid[0] * grid[1], 4, dtype=torch.int64, device=codes.device)
     summed = torch.zeros(grid[0] * grid[1], 2, dtype=torch.float32, device=codes.device)
     rest = torch.zeros(count, features, device=codes.device) if remainder else None
     seed, step, layer = counter or (0, 0, 0)
     proxy = proxy.contiguous()
-    if grid[0] * grid[1]:
+    on_device = torch.cuda.device(codes.device) if codes.is_cuda else nullcontext()
+    with on_device:
         row_update_kernel[grid](
             codes,
             scale,

@@ -57,6 +57,11 @@ def test_study_runs_writes_and_goes_on(
     with pytest.raises(SystemExit):
         main([*arguments, "--methods", *methods, "--steps", "5"])
     assert "study with other settings" in capsys.readouterr().err
+    table = (root / "runs.csv").read_text()
+    (root / "runs.csv").write_text(table.replace("final_16bit_inputs,", "", 1))
+    with pytest.raises(SystemExit):
+        main([*arguments, "--methods", *methods])
+    assert "other columns" in capsys.readouterr().err
 
 
 def test_measuring_does_not_disturb_the_training(arguments: list[str], tmp_path: Path) -> None:
