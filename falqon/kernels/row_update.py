@@ -11,9 +11,8 @@ from falqon.fp8 import E4M3, decode, encode, encode_stochastic, philox
 from falqon.kernels.compensated import Compensation, encode_compensated
 from falqon.recipe import Rounding
 
-LARGEST = 1e12
-"""L1 norm of a row of B from which on it is taken to have diverged. B A and the squares that are
-counted stay finite below it, with any A in FP8."""
+LARGEST = 1e30
+"""L1 norm of a row of B from which on it cannot be written; below it B A is finite with any A."""
 
 
 class RowUpdateCounts(NamedTuple):
