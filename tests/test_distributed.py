@@ -67,7 +67,7 @@ def test_two_ranks_agree_repeat_and_resume(
     train: Callable, tiny_run: Callable, tmp_path: Path
 ) -> None:
     delayed = {"base": "paper", "scaling": "delayed", "amax_history": 2}
-    live = {"preset": "live", "every": 2}
+    live = {"preset": "compensated", "every": 2}
     config = tiny_run(update=live, rounding="stochastic", recipe=delayed)
     ranks, straight = train(config, "straight")
     assert ranks[0] == ranks[1]
