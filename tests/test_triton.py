@@ -7,19 +7,20 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+pytest.importorskip("triton")
+from benchmarks import kernel_builds
+
 ROOT = Path(__file__).parents[1]
-triton: Any = pytest.importorskip("triton")
-SHARED_LIMIT = {89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may use, by compute capability
 
 
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("kernels", ["matmul", "producers", "quantize", "row_update"])
+def test_kernels_in_the_interpreter(kernels: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, "tests/triton_interpreted.py"],
+        [*command, f"tests/triton_interpreted_{kernels}.py"],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
@@ -30,76 +31,81 @@ def test_kernels_in_the_interpreter() -> None:
     assert re.search(r"\d\d passed", done.stdout)
 
 
-def compiled(
-    kernel: Any, signature: dict[str, str], constants: dict[str, Any], **options: Any
-) -> Any:
-    """Ahead-of-time compilation; pointers and sizes are multiples of 16, as they mostly are."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kinds = {**signature, **dict.fromkeys(constants, "constexpr")}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if kinds[name].startswith("*") or name in ("features", "rank", "out")
-    }
-    capability = options.pop("capability")
-    source = ASTSource(kernel, kinds, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+@pytest.fixture(scope="module")
+def compiled() -> list[tuple[kernel_builds.Build, kernel_builds.Resources]]:
+    """Every kernel in every configuration for every architecture."""
+    return kernel_builds.compile_all()
 
 
-def cuobjdump(binary: bytes, flag: str, path: Path) -> str:
-    path.write_bytes(binary)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
-
-
-@pytest.mark.parametrize("capability", SHARED_LIMIT)
-@pytest.mark.parametrize(("origin", "stochastic"), [(0, False), (1, True), (2, False), (2, True)])
-def test_row_update_compiles(
-    capability: int, origin: int, stochastic: bool, tmp_path: Path
+def test_every_kernel_compiles_within_the_limits(
+    compiled: list[tuple[kernel_builds.Build, kernel_builds.Resources]],
 ) -> None:
-    from falqon.kernels import row_update_triton as module
+    assert {build.arch for build, _ in compiled} == set(kernel_builds.SHARED_LIMIT)
+    for build, resources in compiled:
+        where = f"{build.name} for sm_{build.arch}"
+        assert resources.stack == 0, f"{where} spills {resources.stack} bytes a thread"
+        assert not resources.instructions["STL"] + resources.instructions["LDL"], where
+        assert resources.shared <= kernel_builds.SHARED_LIMIT[build.arch] * 1024, where
 
-    signature = {
-        "codes": "*u8",
-        "scale": "*fp32",
-        "rows": "*i64",
-        "change": "*fp32",
-        "total": "*fp32",
-        "origin": ("*fp32", "*u8", "*bf16")[origin],
-        "remainder": "*fp32",
-        "counted": "*i64",
-        "summed": "*fp32",
-        **dict.fromkeys(("count", "out", "features", "rank", "step", "layer"), "i32"),
-        "limit": "fp32",
-        "seed": "i64",
-    }
-    constants = {
-        "HAS_ROWS": True,
-        "ORIGIN": origin,
-        "STOCHASTIC": stochastic,
-        "REMAINDER": origin == 0,
-        "RANK": 64,
-        "CHUNK": module.CHUNK,
-        "BLOCK_K": module.BLOCK_ROWS,
-        "BLOCK_N": module.BLOCK_COLUMNS,
-    }
-    kernel = compiled(
-        module.row_update_kernel,
-        signature,
-        constants,
-        capability=capability,
-        num_warps=module.WARPS,
-        num_stages=module.STAGES,
-        enable_fp_fusion=False,
-    )
-    assert kernel.metadata.shared <= SHARED_LIMIT[capability] * 1024
-    usage = cuobjdump(kernel.asm["cubin"], "-res-usage", tmp_path / "kernel.cubin")
-    assert re.search(r"STACK:0\b", usage), usage
-    code = cuobjdump(kernel.asm["cubin"], "-sass", tmp_path / "kernel.cubin")
-    assert not re.search(r"\b(STL|LDL)\b", code)  # no spills
-    assert not re.search(r"[HQ]MMA", code)  # B is float32: tensor cores would round it
-    assert "FFMA" in code
-    if not stochastic and origin == 0:
-        assert "STG.E.128" in code or "STG.E.64" in code  # codes leave several at a time
+
+def test_matmuls_run_on_the_units_they_are_meant_for(
+    compiled: list[tuple[kernel_builds.Build, kernel_builds.Resources]],
+) -> None:
+    matrix = {"QMMA", "QGMMA", "UTCQMMA", "HMMA", "HGMMA", "UTCHMMA"}
+    half = {89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+    for build, resources in compiled:
+        where = f"{build.name} for sm_{build.arch}"
+        used = {name for name in matrix if resources.instructions[name]}
+        if build.multiplies == "fp8":
+            assert used == {kernel_builds.TENSOR_CORE[build.arch]}, where
+        elif build.multiplies == "half":
+            assert used <= {half[build.arch], "HMMA"} and used, where
+        else:  # float32 operands would be rounded by tensor cores
+            assert not used, where
+            assert build.multiplies != "float32" or resources.instructions["FFMA"], where
+
+
+def test_sums_on_hopper_leave_its_tensor_cores(
+    compiled: list[tuple[kernel_builds.Build, kernel_builds.Resources]],
+) -> None:
+    for build, resources in compiled:
+        if build.arch == 90 and build.multiplies == "fp8":
+            assert resources.instructions["FADD"] >= 32, build.name
+
+
+def test_values_arrive_and_leave_16_bytes_at_a_time(
+    compiled: list[tuple[kernel_builds.Build, kernel_builds.Resources]],
+) -> None:
+    for build, resources in compiled:
+        where = f"{build.name} for sm_{build.arch}"
+        names = resources.modified
+        if build.wide:
+            assert any(n.startswith("LDG.") and ".128" in n for n in names), where
+        if build.multiplies in ("fp8", "half") and "matmul" in build.name:
+            assert any(n.startswith("STG.") and ".128" in n for n in names), where
+            assert not any(n.startswith("STG.") and ".U8" in n for n in names), where
+            copies = resources.instructions["UTMALDG"] + resources.instructions["LDGSTS"]
+            assert copies, where
+
+
+def test_descriptors_load_where_there_are_any(
+    compiled: list[tuple[kernel_builds.Build, kernel_builds.Resources]],
+) -> None:
+    for build, resources in compiled:
+        used = resources.instructions["UTMALDG"] > 0
+        assert used == bool(build.constants.get("DESCRIPTORS")), build.name
+
+
+def test_quantisers_cast_in_hardware(
+    compiled: list[tuple[kernel_builds.Build, kernel_builds.Resources]],
+) -> None:
+    for build, resources in compiled:
+        if build.constants.get("HARDWARE"):
+            form = {4: "e4m3x2", 5: "e5m2x2"}[build.constants["FORMAT"]]
+            assert f"cvt.rn.satfinite.{form}.f32" in resources.ptx, build.name
+
+
+def test_table_in_the_documentation(
+    compiled: list[tuple[kernel_builds.Build, kernel_builds.Resources]],
+) -> None:
+    assert kernel_builds.documented_table() == kernel_builds.table(compiled)

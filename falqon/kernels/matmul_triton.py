@@ -1,0 +1,294 @@
+"""Triton kernel of the two FP8 matmuls: forward through [W; A], backward through W.
+
+`left [T, K] x right^T`, both with K running fastest ("K-major"), as FP8 tensor cores want them; the
+backward takes a transposed copy of the weight, or with ROW_MAJOR the weight as it lies. Persistent
+programs walk over tiles; sums are float32; scales and bias are applied at the end, once. The
+columns of the result are cut into segments (backbone, then A, of each member of a group), and no
+tile lies across a cut: each is stored where it belongs, without a copy.
+
+K is added up in steps of as many values as the architecture, not the tile, decides, from the first
+to the last, and never split over programs: the configuration that a device likes best changes the
+time, not the bits.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from falqon.kernels.devices import capability, has_fp8_units, on_device, processors
+from falqon.kernels.triton_fp8 import decode_half, round_to, widen
+
+ALIGNMENT = 16
+"""Bytes; rows of operands that tensor descriptors load must be multiples of it."""
+
+Segment = tuple[int, int, int, int]
+"""First row of `right`, number of rows, first column of the result, 1 if that is the adapter's."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def matmul_kernel(  # type: ignore[no-untyped-def]
+    left,  # [count, depth], FP8 or uint8
+    right,  # FP8 or uint8: [lines, depth], with ROW_MAJOR [lines, width]
+    left_scale,  # float32 [1] or [count]
+    right_scale,  # float32 [members]
+    bias,  # [out_columns], or anything without HAS_BIAS
+    out,  # [count, out_columns]
+    adapter,  # [count, adapter_columns], or anything if no segment goes there
+    segments,  # int32 [SEGMENTS, 4], see `Segment`
+    count,
+    depth,
+    lines,
+    width,
+    out_columns,
+    adapter_columns,
+    cut_first,  # ROW_MAJOR: rows of W after which rank rows of A follow, multiples of BLOCK_K;
+    cut_second,  # beyond depth if none do
+    rank,
+    bucket,  # count rounded up to a power of two: what the configuration is chosen by
+    FORMAT: tl.constexpr,  # of left: 4 or 5
+    PER_TOKEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROW_MAJOR: tl.constexpr,
+    NATIVE: tl.constexpr,  # operands are FP8; otherwise bytes that are multiplied as float16
+    DESCRIPTORS: tl.constexpr,
+    WHOLE: tl.constexpr,  # depth is a multiple of BLOCK_K
+    ALIGNED: tl.constexpr,  # all that segments say are multiples of 16
+    ARCH: tl.constexpr,  # compute capability
+    SEGMENTS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Scaled matmul; see `falqon.kernels.melded_matmul` and `backbone_matmul`."""
+    down = tl.cdiv(count, BLOCK_M)
+    across = 0
+    for s in tl.static_range(SEGMENTS):
+        across += tl.cdiv(tl.load(segments + 4 * s + 1), BLOCK_N)
+    if DESCRIPTORS:
+        left_tiles = tl.make_tensor_descriptor(left, [count, depth], [depth, 1], [BLOCK_M, BLOCK_K])
+        if ROW_MAJOR:
+            right_tiles = tl.make_tensor_descriptor(
+                right, [lines, width], [width, 1], [BLOCK_K, BLOCK_N]
+            )
+        else:
+            right_tiles = tl.make_tensor_descriptor(
+                right, [lines, depth], [depth, 1], [BLOCK_N, BLOCK_K]
+            )
+    UNROLL: tl.constexpr = 2 if ARCH == 89 and not ROW_MAJOR else 1
+    # Tiles that run together share columns of the result: rows of left run fastest.
+    for tile in tl.range(tl.program_id(0), down * across, PROGRAMS, flatten=DESCRIPTORS):
+        panel = tile // down
+        start, size, column, other, member, before = 0, 0, 0, 0, 0, 0
+        for s in tl.static_range(SEGMENTS):
+            length = tl.load(segments + 4 * s + 1)
+            tiles = tl.cdiv(length, BLOCK_N)
+            here = (panel >= before) & (panel < before + tiles)
+            skip = (panel - before) * BLOCK_N
+            start = tl.where(here, tl.load(segments + 4 * s) + skip, start)
+            size = tl.where(here, length - skip, size)
+            column = tl.where(here, tl.load(segments + 4 * s + 2) + skip, column)
+            other = tl.where(here, tl.load(segments + 4 * s + 3), other)
+            member = tl.where(here, s // 2, member)
+            before += tiles
+        if ALIGNED:  # tells the compiler, so that it loads and stores 16 bytes at a time
+            start, size, column = start // 16 * 16, size // 16 * 16, column // 16 * 16
+        first = (tile % down) * BLOCK_M
+        row, n, k = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+        # Rows beyond the end are the last one again, and are not stored: loads need no mask for it.
+        left_at = left + tl.minimum(row, count - 1).to(tl.int64)[:, None] * depth + k[None, :]
+        from_row = (start + tl.minimum(n, size - 1)).to(tl.int64)
+        if ROW_MAJOR:
+            right_at = right + k.to(tl.int64)[:, None] * width + (start + n)[None, :]
+        else:
+            right_at = right + from_row[None, :] * depth + k[:, None]
+        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        # On Ada, Triton would carry single bytes from turn to turn; not with two dots a turn.
+        for at in tl.range(0, depth, BLOCK_K, loop_unroll_factor=UNROLL):
+            below = tl.where(at >= cut_first, rank, 0) + tl.where(at >= cut_second, rank, 0)
+            if DESCRIPTORS:
+                a = left_tiles.load([first, at])
+                if ROW_MAJOR:
+                    b = right_tiles.load([at + below, start])
+                else:
+                    b = right_tiles.load([start, at]).T
+            else:
+                right_now = right_at + ((at + below).to(tl.int64) * width if ROW_MAJOR else at)
+                if WHOLE:
+                    a = tl.load(left_at + at)
+                else:
+                    a = tl.load(left_at + at, mask=(at + k < depth)[None, :], other=0.0)
+                if WHOLE and ROW_MAJOR:
+                    b = tl.load(right_now, mask=(n < size)[None, :], other=0.0)
+                elif ROW_MAJOR:
+                    inside = (at + k < depth)[:, None] & (n < size)[None, :]
+                    b = tl.load(right_now, mask=inside, other=0.0)
+                elif WHOLE:
+                    b = tl.load(right_now)
+                else:
+                    b = tl.load(right_now, mask=(at + k < depth)[:, None], other=0.0)
+            if not NATIVE:
+                sums = tl.dot(decode_half(a, FORMAT), decode_half(b, 4), sums)
+            elif ARCH == 90:
+                sums = tl.dot(a, b, sums, max_num_imprecise_acc=BLOCK_K)
+            else:
+                sums = tl.dot(a, b, sums)
+
+        if PER_TOKEN:
+            unit = tl.load(left_scale + row, mask=row < count, other=1.0)[:, None]
+        else:
+            unit = tl.load(left_scale)
+        result = sums * tl.div_rn(1.0, unit * tl.load(right_scale + member))
+        if HAS_BIAS:
+            biased = tl.where(other == 0, size, 0)  # rows of A have none
+            given = tl.load(bias + column + n, mask=n < biased, other=0.0)
+            result = round_to(result, out.dtype.element_ty) + widen(given)[None, :]
+        result = round_to(result, out.dtype.element_ty).to(out.dtype.element_ty)
+        inside = (row < count)[:, None] & (n < size)[None, :]
+        token = row.to(tl.int64)[:, None]
+        result_at = tl.where(other == 0, out, adapter)
+        stride = tl.where(other == 0, out_columns, adapter_columns)
+        tl.store(result_at + token * stride + (column + n)[None, :], result, mask=inside)
+
+
+def configurations(arch: int, row_major: bool = False, segments: int = 1) -> list[triton.Config]:
+    """Tiles to choose from on an architecture (0: without FP8 units, 16-bit operands on chip).
+
+    Square tiles load least for what they compute, for many tokens; flat ones leave fewer processors
+    idle, for few. BLOCK_K is one cache line, on Hopper also how many products its tensor cores sum
+    in less than float32; half of it where shared memory is small. No configuration spills
+    registers; docs/kernels.md has the table.
+    """
+    square, flat = {"BLOCK_M": 128, "BLOCK_N": 128}, {"BLOCK_M": 64, "BLOCK_N": 128}
+    wide = {"BLOCK_M": 128, "BLOCK_N": 256}
+    block = 128 if arch in (90, 100) else 64
+    if arch == 100:
+        chosen = [(square, 8, 4), (flat, 4, 4)] + ([(wide, 8, 3)] if segments <= 2 else [])
+    elif arch in (89, 90, 120) and not row_major:
+        chosen = [(square, 8, 3), (square, 8, 4), (flat, 4, 4)]
+    else:
+        chosen = [(square, 8, 3), (flat, 8, 3)]
+    return [
+        triton.Config({**tile, "BLOCK_K": block}, num_warps=w, num_stages=s)
+        for tile, w, s in chosen
+    ]
+
+
+def _for_device(
+    configs: list[triton.Config], named_args: dict[str, Any], **kwargs: Any
+) -> list[triton.Config]:
+    return configurations(kwargs["ARCH"], kwargs["ROW_MAJOR"], kwargs["SEGMENTS"])
+
+
+tuned_matmul_kernel = triton.autotune(
+    configurations(0),
+    # Everything that decides which program is compiled, and the device, is in the key: one process
+    # may drive several kinds. Tokens enter as a power of two, lest every length be timed anew.
+    key=["bucket", "depth", "lines", "width", "ROW_MAJOR", "DESCRIPTORS", "ARCH", "PROGRAMS"],
+    prune_configs_by={"early_config_prune": _for_device},
+    cache_results=True,
+)(matmul_kernel)
+
+
+@lru_cache(maxsize=1024)
+def _segments(segments: tuple[Segment, ...], device: torch.device) -> Tensor:
+    return torch.tensor(segments, dtype=torch.int32, device=device)
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def matmul_triton(
+    left: Tensor,
+    left_scale: Tensor,
+    fmt: str,
+    right: Tensor,
+    right_scale: Tensor,
+    segments: tuple[Segment, ...],
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    cuts: tuple[int, ...] | None = None,
+    rank: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel.
+
+    Args:
+        left: uint8 codes [T, K], contiguous.
+        left_scale: float32 [1] or [T, 1].
+        fmt: of `left`, `e4m3` or `e5m2`.
+        right: uint8 E4M3 codes, contiguous: [rows, K], or with `cuts` [K and rows of A, columns].
+        right_scale: float32 [members], two segments each.
+        segments: which rows of `right` (columns, with `cuts`) become which columns of which result.
+        dtype: of the results.
+        bias: [columns of the first result] or None.
+        cuts: `right` is row-major; after so many of its backbone rows, multiples of 128, `rank`
+            rows of A follow, which take no part. At most two come before the last backbone row.
+        rank: r.
+
+    Returns:
+        [T, columns of segments with last entry 0], [T, columns of the others].
+    """
+    count, depth = left.shape
+    columns = [sum(s[1] for s in segments if s[3] == which) for which in (0, 1)]
+    out, adapter = (torch.empty(count, n, dtype=dtype, device=left.device) for n in columns)
+    if count == 0:
+        return out, adapter
+    native, arch = has_fp8_units(left.device), capability(left.device)
+    row_major = cuts is not None
+    inner = [c for c in cuts or () if c < depth]
+    far = 2**31 - 1
+    first, second = (*inner, far, far)[:2]
+    if native:
+        kind = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[fmt]
+        left, right = left.view(kind), right.view(torch.float8_e4m3fn)
+    aligned = all(x.shape[1] % ALIGNMENT == 0 and x.data_ptr() % 16 == 0 for x in (left, right))
+    block = configurations(arch)[0].kwargs["BLOCK_K"]
+    descriptors = native and arch >= 90 and aligned
+    if descriptors:
+        triton.set_allocator(_allocate)
+    programs = processors(left.device)
+    kernel: Any = tuned_matmul_kernel
+    tile: dict[str, Any] = {}
+    if not left.is_cuda:  # Triton's interpreter, which cannot measure
+        kernel, tile = matmul_kernel, configurations(arch, row_major)[-1].kwargs
+    with on_device(left.device):
+        kernel[(programs,)](
+            left,
+            right,
+            left_scale,
+            right_scale,
+            out if bias is None else bias,
+            out,
+            adapter,
+            _segments(segments, left.device),
+            count,
+            depth,
+            right.shape[0],
+            right.shape[1],
+            columns[0],
+            columns[1],
+            first,
+            second,
+            rank,
+            triton.next_power_of_2(count),
+            FORMAT=4 if fmt == "e4m3" else 5,
+            PER_TOKEN=left_scale.numel() > 1,
+            HAS_BIAS=bias is not None,
+            ROW_MAJOR=row_major,
+            NATIVE=native,
+            DESCRIPTORS=descriptors,
+            WHOLE=depth % block == 0,
+            ALIGNED=all(n % 16 == 0 for s in segments for n in s[:3]),
+            ARCH=arch,
+            SEGMENTS=len(segments),
+            PROGRAMS=programs,
+            **tile,
+        )
+    return out, adapter
