@@ -184,6 +184,7 @@ class Frozen(nn.Module):
 
     Attributes:
         A, B: float32 [r, in] and [out, r], trainable: peft keeps adapters of 16-bit models so.
+        weights: what is stored of the frozen weight.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, storage: str = "bf16") -> None:
@@ -206,7 +207,10 @@ class Frozen(nn.Module):
 
 
 def lora(layer: Frozen, settings: Settings) -> Listing:
-    """16-bit LoRA as peft computes it under autocast: `base(x) + B(A(x)) * scaling`."""
+    """16-bit LoRA as peft computes it under autocast: `base(x) + B(A(x)) * scaling`.
+
+    Without one thing: for float32 adapters peft casts x to float32, and autocast casts it back.
+    """
     t, n_in, out, r = settings.total, layer.in_features, layer.out_features, layer.rank
     adapter = (n_in + out) * r
     drop = (elementwise("dropout", t * n_in, 2, 3),) if settings.dropout else ()
@@ -254,32 +258,30 @@ def qlora(layer: Frozen, settings: Settings) -> Listing:
 
 
 def _float8(
-    name: str, t: int, n_in: int, out: int, weight: int, grads: tuple[bool, bool], wide: int = 2
+    name: str, t: int, n_in: int, out: int, weight: int, by_weight: bool = True
 ) -> tuple[list[Op], list[Op], list[Op]]:
     """Forward, dW and dx of one torchao Float8Linear with one dynamic scale a tensor.
 
-    `weight`: bytes of an element of the weight; `grads`: whether dW and dx are computed.
+    `weight`: bytes of an element of the weight; `by_weight`: whether dW is computed.
     """
-    kind = "thin gemm" if min(n_in, out) < 512 else "gemm"
+    kind = "gemm" if weight == SIZE["bf16"] else "thin gemm"  # adapters are float32
     forward = [
         quantise(f"{name}: cast x", t, n_in),
         quantise(f"{name}: cast W", out, n_in, size=weight),
         gemm(f"{name}: GEMM", t, out, n_in, "fp8", kind=kind),
     ]
-    cast_grad = quantise(f"{name}: cast dO", t, out)
-    by_weight = [
-        cast_grad,
-        transpose(f"{name}: transpose dO", t, out),
-        transpose(f"{name}: transpose x", t, n_in),
-        gemm(f"{name}: dW", out, n_in, t, "fp8", out=wide, kind=kind),
-    ]
-    by_input = [
+    grad_weight = [quantise(f"{name}: cast dO", t, out)]
+    if by_weight:
+        grad_weight += [
+            transpose(f"{name}: transpose dO", t, out),
+            transpose(f"{name}: transpose x", t, n_in),
+            gemm(f"{name}: dW", out, n_in, t, "fp8", kind=kind),
+        ]
+    grad_input = [
         transpose(f"{name}: transpose W", out, n_in),
         gemm(f"{name}: dx", t, n_in, out, "fp8", kind=kind),
     ]
-    if not grads[0]:
-        by_weight = [cast_grad]
-    return forward, by_weight, by_input if grads[1] else []
+    return forward, grad_weight, grad_input
 
 
 def torchao(layer: Frozen, settings: Settings, frozen_gradient: bool = False) -> Listing:
@@ -296,9 +298,9 @@ def torchao(layer: Frozen, settings: Settings, frozen_gradient: bool = False) ->
             function of torchao computes without asking whether it is needed.
     """
     t, n_in, out, r = settings.total, layer.in_features, layer.out_features, layer.rank
-    base = _float8("base", t, n_in, out, 2, (frozen_gradient, True))
-    a = _float8("A", t, n_in, r, 4, (True, True))
-    b = _float8("B", t, r, out, 4, (True, True))
+    base = _float8("base", t, n_in, out, 2, frozen_gradient)
+    a = _float8("A", t, n_in, r, 4)
+    b = _float8("B", t, r, out, 4)
     forward = (
         *base[0],
         *a[0],
