@@ -72,7 +72,26 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_inspect,)
+def _add_doctor(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "doctor",
+        help="show what this machine can do",
+        description="Show how this machine's processors multiply FP8, and what is missing.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from falqon.doctor import examine, format_report
+
+    report = examine()
+    text = json.dumps(report, indent=2) if arguments.json else format_report(report)
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+_COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_inspect, _add_doctor)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
+
+from falqon.errors import InputError
+
+OLDEST = 80
+"""Compute capability of the oldest NVIDIA GPUs that Triton compiles for (Ampere)."""
 
 
 @lru_cache(maxsize=64)
@@ -59,3 +65,55 @@ def processors(device: torch.device) -> int:
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Make it the current device, as a kernel launch needs it."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def check(device: torch.device) -> None:
+    """Refuse a device that the kernels cannot run on, before any work.
+
+    Raises:
+        InputError: naming the device and what to use instead.
+    """
+    if device.type != "cuda":
+        return
+    name = torch.cuda.get_device_name(device)
+    number = capability(device)
+    if number and number < OLDEST:
+        raise InputError(
+            f"{name} has compute capability {number // 10}.{number % 10}; the kernels need "
+            f"{OLDEST // 10}.{OLDEST % 10} (Ampere) or newer. Use another GPU, or the CPU "
+            "(trainer.accelerator: cpu)."
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise InputError(
+            f"training on {name} needs the package triton, which is not installed: pip install "
+            "triton, or use the CPU (trainer.accelerator: cpu)."
+        )
+
+
+def describe(device: torch.device) -> str:
+    """One sentence on how FP8 is multiplied there, and why."""
+    if device.type == "cpu":
+        return (
+            "FP8 codes are decoded to bfloat16 (an exact step) and multiplied there, with float32 "
+            "sums: CPUs have no FP8 units."
+        )
+    if device.type != "cuda":
+        return "Not a device the kernels know; plain torch operations are used, untested."
+    if has_fp8_units(device):
+        return (
+            "Its matrix units multiply FP8: Triton kernels, and the vendor's matmul "
+            "(torch._scaled_mm) for shapes where it is measured to be faster."
+        )
+    if torch.version.hip is not None:
+        known = _architecture(_index(device))
+        reason = (
+            "its FP8 units are for another encoding (fnuz)"
+            if known.startswith("gfx94")
+            else "it has no FP8 units that are known"
+        )
+    else:
+        reason = "it has no FP8 units (they came with Ada, 8.9)"
+    return (
+        f"FP8 codes are multiplied in float16, which holds them exactly: {reason}. That saves "
+        "memory, not time."
+    )

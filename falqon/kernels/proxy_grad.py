@@ -9,20 +9,34 @@ from torch import Tensor, nn
 def proxy_grad(grad: Tensor, adapter: Tensor) -> Tensor:
     """`dL/dB = (dL/dO)^T O_A`, straight from the high-precision gradient.
 
-    Accumulated in float32; on a CPU a bfloat16 product is rounded once at its end.
+    Accumulated in float32; on a CPU a bfloat16 product is rounded once at its end. On a GPU by
+    Triton: the sum over tokens is cut into parts that are added in their order, always the same.
 
     Args:
-        grad: dL/dO [T, out].
+        grad: dL/dO [T, out]; rows may be apart.
         adapter: O_A [T, r], same dtype.
 
     Returns:
         float32 [out, r].
     """
-    if grad.is_cuda and grad.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(grad.t(), adapter, out_dtype=torch.float32)
+    if grad.is_cuda:
+        return proxy_grad_gpu(grad, adapter)
     if grad.dtype == torch.float16:
         grad, adapter = grad.float(), adapter.float()
     return (grad.t() @ adapter).to(torch.float32)
+
+
+@torch.library.custom_op("falqon::proxy_grad", mutates_args=())
+def proxy_grad_gpu(grad: Tensor, adapter: Tensor) -> Tensor:
+    """`proxy_grad` by Triton; see `falqon.kernels.proxy_grad_triton`."""
+    from falqon.kernels.proxy_grad_triton import proxy_grad_triton
+
+    return proxy_grad_triton(grad, adapter)
+
+
+@proxy_grad_gpu.register_fake
+def _(grad: Tensor, adapter: Tensor) -> Tensor:
+    return grad.new_empty(grad.shape[1], adapter.shape[1], dtype=torch.float32)
 
 
 class ProxyGrad(nn.Module):

@@ -5,8 +5,64 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from falqon.fp8 import Format, amax_of, compute_scale, quantize
+from falqon.fp8 import E4M3, E5M2, Format, amax_of, compute_scale, quantize
 from falqon.recipe import Granularity, ScaleRounding
+
+_FORMATS = {fmt.name: fmt for fmt in (E4M3, E5M2)}
+
+
+@torch.library.custom_op("falqon::quantize", mutates_args=())
+def quantize_gpu(x: Tensor, fmt: str, granularity: str, rounding: str) -> tuple[Tensor, Tensor]:
+    """`fp8.quantize` by Triton, with the scale of the tensor at hand.
+
+    Args:
+        x: [T, n], floating, any strides.
+        fmt: `e4m3` or `e5m2`.
+        granularity: `per_token` or `per_tensor`.
+        rounding: of the scale, `power_of_two` or `none`.
+
+    Returns:
+        codes uint8 [T, n]; scale float32 [T, 1] or [1].
+    """
+    from falqon.kernels.quantize_triton import quantize_triton
+
+    codes, scale, _ = quantize_triton(x, _FORMATS[fmt], granularity, rounding)  # type: ignore[arg-type]
+    return codes, scale
+
+
+@quantize_gpu.register_fake
+def _(x: Tensor, fmt: str, granularity: str, rounding: str) -> tuple[Tensor, Tensor]:
+    count = (x.shape[0], 1) if granularity == "per_token" else (1,)
+    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(count, dtype=torch.float32)
+
+
+@torch.library.custom_op("falqon::quantize_delayed", mutates_args=())
+def quantize_delayed_gpu(
+    x: Tensor, fmt: str, scale: Tensor, observe: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cast with a known scale by Triton, in one pass.
+
+    Args:
+        x: [T, n], floating, any strides.
+        fmt: `e4m3` or `e5m2`.
+        scale: float32 [1].
+        observe: note the amax and count the values that saturate.
+
+    Returns:
+        codes uint8 [T, n]; amax float32 [1] and count int64 [], zero without `observe`.
+    """
+    from falqon.kernels.quantize_triton import quantize_delayed_triton
+
+    codes, amax, beyond = quantize_delayed_triton(x, _FORMATS[fmt], scale, observe)
+    if amax is None or beyond is None:
+        amax, beyond = scale.new_zeros(1), scale.new_zeros((), dtype=torch.int64)
+    return codes, amax, beyond
+
+
+@quantize_delayed_gpu.register_fake
+def _(x: Tensor, fmt: str, scale: Tensor, observe: bool) -> tuple[Tensor, Tensor, Tensor]:
+    codes = x.new_empty(x.shape, dtype=torch.uint8)
+    return codes, scale.new_empty(1), scale.new_empty((), dtype=torch.int64)
 
 
 class Quantize(nn.Module):
@@ -14,8 +70,8 @@ class Quantize(nn.Module):
 
     With `delayed` the scale is the one that `falqon.scaling.DelayedScaling` last set (`None`: none
     yet, computed from the tensor at hand). While training, the module then notes the largest amax
-    it has seen and how many values lay beyond the scale; those saturate. (A kernel can do all of it
-    in one pass; this reference does not. Activation checkpointing counts overflow twice.)
+    it has seen and how many values lay beyond the scale; those saturate. On a GPU one pass does all
+    of it, without one for the amax first. (Activation checkpointing counts overflow twice.)
 
     Args:
         fmt: target format.
@@ -51,21 +107,31 @@ class Quantize(nn.Module):
             codes uint8 [T, n]; scale float32 [1] (`per_tensor`) or [T, 1] (`per_token`).
         """
         if not self.delayed:
-            return quantize(x, self.fmt, self.granularity, self.scale_rounding)
+            return self._dynamic(x)
         if self.scale is not None and self.scale.device != x.device:
             self.scale = self.scale.to(x.device)
         scale = self.scale
-        if self.training or scale is None:
-            amax = amax_of(x, "per_tensor")
-            if scale is None:
-                scale = compute_scale(amax, self.fmt, self.scale_rounding)
+        if scale is None:
+            scale = compute_scale(amax_of(x, "per_tensor"), self.fmt, self.scale_rounding)
+        if x.is_cuda:
+            codes, amax, count = quantize_delayed_gpu(x, self.fmt.name, scale, self.training)
+        else:
+            codes, _ = quantize(x, self.fmt, "per_tensor", self.scale_rounding, scale)
             if self.training:
-                self._observe(x, amax, scale)
-        return quantize(x, self.fmt, "per_tensor", self.scale_rounding, scale)
+                amax = amax_of(x, "per_tensor")
+                # The margin is for scales that are not powers of two: x * scale may round up.
+                count = (x.detach().abs() > self.fmt.max * (1 + 2**-20) / scale).sum()
+        if self.training:
+            self._observe(amax, count)
+        return codes, scale
 
-    def _observe(self, x: Tensor, amax: Tensor, scale: Tensor) -> None:
-        # The margin is for scales that are not powers of two: x * scale may round up to the limit.
-        count = (x.detach().abs() > self.fmt.max * (1 + 2**-20) / scale).sum()
+    def _dynamic(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.is_cuda:
+            scales = quantize_gpu(x, self.fmt.name, self.granularity, self.scale_rounding)
+            return scales[0], scales[1]
+        return quantize(x, self.fmt, self.granularity, self.scale_rounding)
+
+    def _observe(self, amax: Tensor, count: Tensor) -> None:
         if self.observed_amax is None or self.overflowed is None:
             self.observed_amax, self.overflowed = amax, count
         else:

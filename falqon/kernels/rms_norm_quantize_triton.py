@@ -109,7 +109,8 @@ def rms_norm_quantize_triton(
     x = x if x.stride(1) == 1 else x.contiguous()
     count, features = x.shape
     codes = torch.empty(count, features, dtype=torch.uint8, device=x.device)
-    scale, inverse = torch.ones(2, count, 1, dtype=torch.float32, device=x.device)
+    scale = torch.ones(count, 1, dtype=torch.float32, device=x.device)
+    inverse = torch.ones_like(scale)
     if x.numel():
         with on_device(x.device):
             rms_norm_quantize_kernel[(count,)](
