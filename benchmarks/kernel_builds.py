@@ -369,9 +369,12 @@ def _others(arch: int) -> Iterator[Build]:
                 "total": "*fp32",
                 "origin": ("*fp32", "*u8", "*bf16")[origin],
                 "remainder": "*fp32",
+                "turned": "*u8",
                 "counted": "*i64",
                 "summed": "*fp32",
-                **dict.fromkeys(("count", "out", "features", "rank", "step", "layer"), "i32"),
+                **dict.fromkeys(
+                    ("count", "out", "features", "rank", "turned_stride", "step", "layer"), "i32"
+                ),
                 "limit": "fp32",
                 "seed": "i64",
             },
@@ -380,6 +383,7 @@ def _others(arch: int) -> Iterator[Build]:
                 "ORIGIN": origin,
                 "STOCHASTIC": stochastic,
                 "REMAINDER": origin == 0,
+                "TURNED": origin == 1,
                 "RANK": 64,
                 "CHUNK": row_update_triton.CHUNK,
                 "BLOCK_K": row_update_triton.BLOCK_ROWS,

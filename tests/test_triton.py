@@ -65,6 +65,15 @@ def test_matmuls_run_on_the_units_they_are_meant_for(
             assert build.multiplies != "float32" or resources.instructions["FFMA"], where
 
 
+def test_gaming_blackwell_multiplies_at_full_rate(
+    compiled: list[tuple[kernel_builds.Build, kernel_builds.Resources]],
+) -> None:
+    for build, resources in compiled:
+        if build.arch == 120 and build.multiplies == "fp8":
+            plain = [n for n in resources.modified if n.startswith("QMMA.") and ".SF." not in n]
+            assert not plain, build.name
+
+
 def test_sums_on_hopper_leave_its_tensor_cores(
     compiled: list[tuple[kernel_builds.Build, kernel_builds.Resources]],
 ) -> None:

@@ -20,7 +20,13 @@ from falqon.kernels.proxy_grad_triton import TOKENS_A_PART, proxy_grad_triton
 from falqon.kernels.transpose_triton import transpose_triton
 from tests.policies import random
 
-DEVICES = {"half": (False, 80), "ada": (True, 89), "hopper": (True, 90), "blackwell": (True, 100)}
+DEVICES = {
+    "half": (False, 80),
+    "ada": (True, 89),
+    "hopper": (True, 90),
+    "blackwell": (True, 100),
+    "rtx50": (True, 120),
+}
 EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 
 

@@ -135,6 +135,10 @@ def test_row_update(
         gram_inverse,
     )
     before = codes.clone()
+    out = len(codes) - change.shape[1]
+    wide = torch.zeros(codes.shape[1], out + 3, dtype=torch.uint8)  # as of a group
+    transposed = wide[:, 2 : out + 2]
+    transposed.copy_(codes[:out].t())
     counted, summed, rest = launch_row_update(
         codes,
         given["scale"],
@@ -145,8 +149,11 @@ def test_row_update(
         None if origin is None else origin.values,
         None if origin is None else origin.total,
         True,
+        transposed,
     )
     assert torch.equal(codes, expected)
+    assert torch.equal(transposed, codes[:out].t())
+    assert not wide[:, :2].any() and not wide[:, -1].any()
     assert counted.tolist() == [int(c) for c in counts[:4]]
     assert len(change) < 7 or not torch.equal(codes, before)
     sums = torch.stack([counts.projection, counts.wanted]) * 16

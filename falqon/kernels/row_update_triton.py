@@ -31,12 +31,14 @@ def row_update_kernel(  # type: ignore[no-untyped-def]
     total,  # float32 [count, rank], what is added to the origin; B[K] itself without one
     origin,  # uint8 or floating [count, features], or anything with ORIGIN 0
     remainder,  # float32 [count, features], or anything without REMAINDER
+    turned,  # uint8 [features, out] with turned_stride, written too, or anything without TURNED
     counted,  # int64 [programs, 4]: rows, codes, flipped, saturated
     summed,  # float32 [programs, 2]: landed x wanted, wanted x wanted, in units of codes
     count,
     out,
     features,
     rank,
+    turned_stride,
     limit,
     step,
     layer,
@@ -45,6 +47,7 @@ def row_update_kernel(  # type: ignore[no-untyped-def]
     ORIGIN: tl.constexpr,  # 0: the codes themselves, 1: codes, 2: values
     STOCHASTIC: tl.constexpr,
     REMAINDER: tl.constexpr,
+    TURNED: tl.constexpr,
     RANK: tl.constexpr,  # rank rounded up to a power of two of at least 16
     CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -106,6 +109,9 @@ def row_update_kernel(  # type: ignore[no-untyped-def]
     else:
         new = encode_e4m3(target)
     tl.store(codes + at, new.to(tl.uint8), mask=inside)
+    if TURNED:
+        at_turned = n.to(tl.int64)[:, None] * turned_stride + row[None, :]
+        tl.store(turned + at_turned, tl.trans(new).to(tl.uint8), mask=tl.trans(inside))
 
     after = decode_e4m3(new)
     if REMAINDER:
@@ -137,6 +143,7 @@ def launch_row_update(
     origin: Tensor | None,
     total: Tensor | None,
     remainder: bool,
+    transposed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run the kernel; arguments as of `falqon.kernels.row_update.row_update`.
 
@@ -150,6 +157,8 @@ def launch_row_update(
         origin: uint8 or floating [k, in], or None.
         total: float32 [k, r] to add to the origin, or None.
         remainder: ask for what rounding left, in units of codes.
+        transposed: a copy of the backbone codes, uint8 [in, out] with stride 1 along out, to be
+            kept in step; None if there is none.
 
     Returns:
         int64 [4] (rows, codes, flipped, saturated), float64 [2] (landed x wanted, wanted x wanted,
@@ -177,12 +186,14 @@ def launch_row_update(
             proxy if total is None else total.contiguous(),
             proxy if origin is None else origin.contiguous(),
             proxy if rest is None else rest,
+            codes if transposed is None else transposed,
             counted,
             summed,
             count,
             codes.shape[0] - rank,
             features,
             rank,
+            0 if transposed is None else transposed.stride(0),
             limit,
             step,
             layer,
@@ -191,6 +202,7 @@ def launch_row_update(
             ORIGIN=0 if origin is None else (1 if origin.dtype == torch.uint8 else 2),
             STOCHASTIC=counter is not None,
             REMAINDER=remainder,
+            TURNED=transposed is not None,
             RANK=max(16, triton.next_power_of_2(rank)),
             CHUNK=CHUNK,
             BLOCK_K=BLOCK_ROWS,
