@@ -186,25 +186,30 @@ class GroupedDecoderLayer(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         """See the class of transformers. Returns [b, s, n]."""
+        x, given = _normed(self.input_layernorm, self.self_attn, hidden_states)
         attended, _ = self.self_attn(
-            **_normed("hidden_states", self.input_layernorm, self.self_attn, hidden_states),
+            hidden_states=x,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
             position_embeddings=position_embeddings,
+            **given,
             **kwargs,
         )
         hidden_states = hidden_states + attended
-        norm = self.post_attention_layernorm
-        return hidden_states + self.mlp(**_normed("x", norm, self.mlp, hidden_states))
+        x, given = _normed(self.post_attention_layernorm, self.mlp, hidden_states)
+        return hidden_states + self.mlp(x, **given)
 
 
-def _normed(name: str, norm: Any, block: nn.Module, x: Tensor) -> dict[str, Any]:
-    """Arguments of a block behind a norm. Hooks of the block are to see what they always saw."""
+def _normed(norm: nn.Module, block: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, nn.Module]]:
+    """Input of a block behind a norm, and the norm if that is left to the block.
+
+    A block with hooks gets the normed input, which they have always seen.
+    """
     if isinstance(block, Grouped) and not has_hooks(block):
-        return {name: x, "norm": norm}
-    return {name: norm(x)}
+        return x, {"norm": norm}
+    return norm(x), {}
 
 
 class GroupedLlamaAttention(GroupedAttention, llama.LlamaAttention):
@@ -321,17 +326,18 @@ def group_blocks(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str
             ("self_attn", "Attention", family.attention, layer.input_layernorm),
             ("mlp", "MLP", GroupedMlp, layer.post_attention_layernorm),
         ):
+            full = f"{name}.{child}".removeprefix(".")
             block = layer.get_submodule(child)
             members = [block.get_submodule(member) for member in kind.members]
             reason = reason_against(members)
             if type(block) is not family.original(part):
                 reason = f"a {type(block).__name__}, not a {family.original(part).__name__}"
             if reason is not None:
-                refused[f"{name}.{child}"] = reason
+                refused[full] = reason
                 continue
             is_norm = type(norm) is family.original("RMSNorm")
             setattr(layer, child, _make(kind, block, norm if is_norm else None))
-            grouped[f"{name}.{child}"] = kind.members
+            grouped[full] = kind.members
         if name and any(isinstance(child, Grouped) for child in layer.children()):
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, _take_over(family.layer, layer))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -56,10 +57,9 @@ def make_base(family: str = "llama", **changes: Any) -> PreTrainedModel:
         num_key_value_heads=2,
         head_dim=8,
         max_position_embeddings=64,
-        attn_implementation="sdpa",
         eos_token_id=None,
         pad_token_id=0,
-        **(own | changes),
+        **({"attn_implementation": "sdpa"} | own | changes),
     )
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -77,13 +77,21 @@ def make(
     **changes: Any,
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The same model in groups and one by one."""
-    base = make_base(family, **changes)
+    grouped, single = _melded(family, recipe, tuple(changes.items()))
+    return copy.deepcopy(grouped).to(dtype), copy.deepcopy(single).to(dtype)
+
+
+@functools.cache
+def _melded(
+    family: str, recipe: str, changes: tuple[tuple[str, Any], ...]
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    base = make_base(family, **dict(changes))
     models = []
     for groups in (True, False):
         model = copy.deepcopy(base)
         report = meld(model, KINDS[recipe], MeldRecipe(rank=4, groups=groups))
         assert len(report.grouped) == (4 if groups else 0)
-        models.append(model.to(dtype))
+        models.append(model)
     return models[0], models[1]
 
 
@@ -118,8 +126,10 @@ def signal_to_noise(result: Tensor, reference: Tensor) -> float:
 # -- same numbers -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("recipe", KINDS)
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [("llama", kind) for kind in KINDS] + [(f, "default") for f in ("mistral", "qwen2", "qwen3")],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grouped_is_ungrouped(family: str, recipe: str, dtype: torch.dtype) -> None:
     grouped, single = make(family, recipe, dtype)
@@ -133,9 +143,10 @@ def test_grouped_is_ungrouped(family: str, recipe: str, dtype: torch.dtype) -> N
     for name in last:
         assert torch.equal(found[name], wanted[name])
         assert found[name].any()
-    # Before it, the sums in bfloat16 differ by their roundings, and with them now and then an E5M2
-    # code (by 1/4 to 1/8 of it); scales that are not powers of two round every gradient anew.
-    bound = 20.0 if dtype == torch.bfloat16 or recipe == "paper" else 60.0
+    # Before it, sums in bfloat16 differ by their roundings, and then E5M2 codes do; scales that are
+    # not powers of two round every gradient anew, 22.5 dB below it. A path back through both layers
+    # has about six such roundings: 8 dB. A wrong factor would leave 6 dB and less.
+    bound = 14.0 if dtype == torch.bfloat16 or recipe == "paper" else 60.0
     for name, gradient in found.items():
         assert signal_to_noise(gradient, wanted[name]) > bound, name
 
@@ -244,7 +255,7 @@ def test_names_and_loading(family: str) -> None:
     assert list(melded_layers(grouped)) == list(melded_layers(single))
     wanted = single(tokens()).logits
     for layer in melded_layers(single).values():
-        layer.codes.data.add_(1)  # the next code, in every place
+        layer.codes.data.bitwise_xor_(0x80)  # the other sign, in every place
     changed = single(tokens()).logits
     assert not torch.equal(changed, wanted)
     file = io.BytesIO()
@@ -261,7 +272,7 @@ def test_names_and_loading(family: str) -> None:
 def test_parameters_that_are_assigned_are_used() -> None:
     grouped, single = make()
     for layer in melded_layers(single).values():
-        layer.codes.data.add_(1)
+        layer.codes.data.bitwise_xor_(0x80)
     grouped.load_state_dict(single.state_dict(), assign=True)
     assert not is_tied(grouped)
     assert torch.equal(grouped(tokens()).logits, single(tokens()).logits)
@@ -426,7 +437,9 @@ def train(groups: bool, update: str) -> tuple[FalqonPrecision, PreTrainedModel, 
     plugin = FalqonPrecision(rank=4, update=update, dtype="fp32", groups=groups)
     model = make_base()
     plugin.convert(model)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    optimizer = torch.optim.Adam(
+        [p for p in model.parameters() if p.requires_grad], lr=0.02, eps=1e-6
+    )
     losses = []
     for step in range(3):
         ids = tokens(12 + step)
@@ -436,7 +449,7 @@ def train(groups: bool, update: str) -> tuple[FalqonPrecision, PreTrainedModel, 
         optimizer.zero_grad()
         assert plugin.proxy_update is not None
         plugin.proxy_update.step(step)
-        losses.append(float(loss))
+        losses.append(loss.item())
     return plugin, model, losses
 
 
