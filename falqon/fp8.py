@@ -157,13 +157,13 @@ def decode(codes: Tensor, fmt: Format, dtype: torch.dtype = torch.float32) -> Te
         Tensor of `dtype` in the shape of `codes`.
     """
     if (
-        dtype in (torch.bfloat16, torch.float32)
+        not torch.compiler.is_compiling()  # first: what follows cannot be traced
+        and dtype in (torch.bfloat16, torch.float32)
         and codes.device.type == "cpu"
         and codes.is_contiguous()
         and codes.numel() % 2 == 0
         and codes.storage_offset() % 2 == 0
         and sys.byteorder == "little"
-        and not torch.compiler.is_compiling()
     ):
         # torch's CPU cast decodes byte by byte; a table of pairs does it several times faster.
         index = codes.view(-1).view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)

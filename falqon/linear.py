@@ -5,7 +5,7 @@ Shapes: T tokens, `in`/`out` features, r adapter rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,51 +13,124 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from falqon.fp8 import E4M3, E5M2, dequantize
-from falqon.kernels import BackboneMatmul, MeldedMatmul, PassThrough, Pending, ProxyGrad, Quantize
+from falqon.kernels import (
+    BackboneMatmul,
+    MeldedMatmul,
+    PassThrough,
+    Pending,
+    ProxyGrad,
+    Quantize,
+    joined_gradients,
+)
 from falqon.recipe import Fp8Recipe
 
 
 class _MeldedFunction(torch.autograd.Function):
-    """Alg. 2 forward, Alg. 3 backward. The input is not saved, only O_A [T, r]."""
+    """Alg. 2 forward, Alg. 3 backward of layers with one input; see `apply_melded`.
+
+    Of each layer only O_A [T, r] is saved. The input is not, unless it has to be derived from what
+    comes in (a norm or a gated activation, fused with its quantiser): then that is saved instead.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
-        codes: Tensor,
-        scale: Tensor,
-        proxy: Tensor,
-        bias: Tensor | None,
-        layer: MeldedLinear,
-    ) -> Tensor:
-        x_codes, x_scale = layer.quantize_input(x)
-        out, adapter = layer.melded_matmul(x_codes, x_scale, codes, scale, bias, x.dtype)
+        layers: Sequence[MeldedLinear],
+        source: nn.Module | None,
+        count: int,
+        *tensors: Any,
+    ) -> tuple[Tensor, ...]:
+        inputs, parameters = tensors[:count], tensors[count:]
+        codes, scales, proxies, biases = (
+            parameters[i : i + len(layers)] for i in range(0, len(parameters), len(layers))
+        )
+        first, dtype = layers[0], inputs[0].dtype
+        x_codes, x_scale, *extra = (first.quantize_input if source is None else source)(*inputs)
+        outs, adapters = first.melded_matmul(x_codes, x_scale, codes, scales, biases, dtype)
+        if first.live:
+            for layer, out, adapter, proxy in zip(layers, outs, adapters, proxies, strict=True):
+                layer.pending_term(out, adapter, proxy * layer.lora_scaling)
         # B is saved rather than read from the layer in backward: autograd then refuses a B that was
         # changed in between.
-        ctx.save_for_backward(adapter, codes, scale, *((proxy,) if layer.live else ()))
-        if layer.live:
-            layer.pending_term(out, adapter, proxy * layer.lora_scaling)
-        ctx.layer = layer
-        return out
+        kept = () if source is None else (*inputs, *extra)
+        ctx.save_for_backward(*adapters, *codes, *scales, *(proxies if first.live else ()), *kept)
+        ctx.layers, ctx.source, ctx.count, ctx.live = layers, source, count, first.live
+        return tuple(outs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        adapter, codes, scale, *live = ctx.saved_tensors
-        layer: MeldedLinear = ctx.layer
-        grad_input = grad_proxy = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_codes, grad_scale = layer.quantize_gradient(grad)
-            grad_input = layer.backbone_matmul(grad_codes, grad_scale, codes, scale, grad.dtype)
-            for proxy in live:
-                layer.pending_term.backward(
-                    grad_input, grad, proxy * layer.lora_scaling, codes, scale
-                )
-        if ctx.needs_input_grad[3]:
-            grad_proxy = layer.proxy_grad(grad, adapter).mul_(layer.lora_scaling)
-        if ctx.needs_input_grad[4]:
-            grad_bias = grad.sum(dim=0, dtype=torch.float32).to(grad.dtype)
-        return grad_input, None, None, grad_proxy, grad_bias, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        layers, count, number = ctx.layers, ctx.count, len(ctx.layers)
+        first: MeldedLinear = layers[0]
+        saved = list(ctx.saved_tensors)
+        adapters, codes, scales = (saved[i * number : (i + 1) * number] for i in range(3))
+        live = saved[3 * number : 4 * number] if ctx.live else []
+        kept = saved[(3 + ctx.live) * number :]
+        _, _, _, *needed = ctx.needs_input_grad
+        grad_inputs: Sequence[Tensor | None] = [None] * count
+        if any(needed[:count]):
+            joined = joined_gradients(grads, scales, first.backbone_matmul.power_of_two)
+            grad_codes, grad_scale = first.quantize_gradient(joined)
+            grad_input = first.backbone_matmul(
+                grad_codes, grad_scale, codes, scales[0], grads[0].dtype
+            )
+            if live:
+                proxies = [p * layer.lora_scaling for p, layer in zip(live, layers, strict=True)]
+                first.pending_term.backward(grad_input, grads, proxies, codes, scales)
+            source = ctx.source
+            grad_inputs = [grad_input] if source is None else source.backward(grad_input, *kept)
+        need_proxy, need_bias = (needed[count + i * number :][:number] for i in (2, 3))
+        grad_proxies = [
+            layer.proxy_grad(grad, adapter).mul_(layer.lora_scaling) if need else None
+            for need, layer, grad, adapter in zip(need_proxy, layers, grads, adapters, strict=True)
+        ]
+        grad_biases = [
+            grad.sum(dim=0, dtype=torch.float32).to(grad.dtype) if need else None
+            for need, grad in zip(need_bias, grads, strict=True)
+        ]
+        nothing = [None] * (2 * number)  # for codes and scales
+        return None, None, None, *grad_inputs, *nothing, *grad_proxies, *grad_biases
+
+
+def apply_melded(
+    layers: Sequence[MeldedLinear], *inputs: Tensor, source: nn.Module | None = None
+) -> list[Tensor]:
+    """Apply melded layers to one input: quantised once, one GEMM forward, one to the input.
+
+    The first layer's modules and settings are used for all of them, so what layers can be a group
+    is a question to `falqon.groups.reason_against`. A single layer is a group of one.
+
+    Args:
+        layers: one or more, of equal recipe and rank.
+        inputs: [..., n]: the layers' input, or what `source` makes it from. One-dimensional tensors
+            (the weight of a norm) are passed on as they are.
+        source: gives codes [T, in] and scale of the layers' input, and anything more that its
+            `backward` takes after the gradient and the inputs.
+
+    Returns:
+        [..., out_i] for each layer, in the dtype of the input.
+
+    Raises:
+        ValueError: if the input does not have the layers' number of features.
+    """
+    first, x = layers[0], inputs[0]
+    if x.shape[-1] != first.in_features:
+        raise ValueError(
+            f"input has {x.shape[-1]} features, the layer takes {first.in_features} "
+            f"(input shape {tuple(x.shape)})"
+        )
+    rows = [x.reshape(-1, first.in_features)]
+    rows += [t.reshape(-1, first.in_features) if t.dim() > 1 else t for t in inputs[1:]]
+    parameters = (
+        *(layer.codes for layer in layers),
+        *(layer.scale for layer in layers),
+        *(layer.B for layer in layers),
+        *(layer.bias for layer in layers),
+    )
+    # Autocast would turn float32 operands into 16-bit ones; the input's dtype decides here.
+    with torch.autocast(x.device.type, enabled=False):
+        outs = _MeldedFunction.apply(layers, source, len(inputs), *rows, *parameters)
+    return [out.view(*x.shape[:-1], out.shape[-1]) for out in outs]
 
 
 class MeldedLinear(nn.Module):
@@ -146,16 +219,7 @@ class MeldedLinear(nn.Module):
         Raises:
             ValueError: if the last dimension of `x` is not `in`.
         """
-        if x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"input has {x.shape[-1]} features, the layer takes {self.in_features} "
-                f"(input shape {tuple(x.shape)})"
-            )
-        rows = x.reshape(-1, self.in_features)
-        # Autocast would turn float32 operands into 16-bit ones; the input's dtype decides here.
-        with torch.autocast(x.device.type, enabled=False):
-            out = _MeldedFunction.apply(rows, self.codes, self.scale, self.B, self.bias, self)
-        return out.view(*x.shape[:-1], self.out_features)
+        return apply_melded((self,), x)[0]
 
     @torch.no_grad()
     def pending(self) -> Tensor:

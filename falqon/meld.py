@@ -39,6 +39,8 @@ class MeldReport:
         converted: by full module name.
         skipped: reason by full module name, for every linear layer that was left alone.
         adapter: where A comes from, see `MeldRecipe`.
+        grouped: layers that run as one, by full name of the module that has them.
+        not_grouped: reason by full name, for every block of a known family that was left alone.
         bytes_before, bytes_after: of the converted layers' weights; after includes scales and A,
             not B.
     """
@@ -46,6 +48,8 @@ class MeldReport:
     converted: dict[str, MeldedInfo] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     adapter: Adapter = "svd_error"
+    grouped: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    not_grouped: dict[str, str] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
 
@@ -63,7 +67,11 @@ class MeldReport:
             f"{self.bytes_before / 2**20:.1f} MiB of weights became "
             f"{self.bytes_after / 2**20:.1f} MiB; {adapters}"
         ]
+        if self.grouped:
+            kinds = sorted({"/".join(members) for members in self.grouped.values()})
+            lines.append(f"run as one: {', '.join(kinds)}, {len(self.grouped)} groups")
         lines += [f"left alone: {fqn} ({reason})" for fqn, reason in self.skipped.items()]
+        lines += [f"not grouped: {fqn} ({reason})" for fqn, reason in self.not_grouped.items()]
         return "\n".join(lines)
 
 
@@ -233,7 +241,8 @@ def meld(
 
     Every original weight is dropped as soon as its layer is melded, so what is added to the model's
     memory is one layer's worth. Layers that are melded already are left as they are. Everything but
-    the proxy buffers B is frozen.
+    the proxy buffers B is frozen. Then blocks of known families are swapped for ones that run their
+    melded layers in groups, unless the recipe says not to.
 
     Args:
         model: any module, for example a Hugging Face causal LM.
@@ -281,7 +290,19 @@ def meld(
     proxies = {id(layer.B) for layer in melded_layers(model).values()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in proxies)
+    if recipe.groups:
+        _group(model, report)
     return report
+
+
+def _group(model: nn.Module, report: MeldReport) -> None:
+    # Not at the top: melding itself knows no transformers, and is to work without its model code.
+    try:
+        from falqon.blocks import group_blocks
+    except ImportError as error:
+        report.not_grouped["model"] = f"this version of transformers lacks what is needed: {error}"
+        return
+    report.grouped, report.not_grouped = group_blocks(model)
 
 
 def targets(model: nn.Module, recipe: MeldRecipe) -> dict[str, nn.Linear]:

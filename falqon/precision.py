@@ -70,6 +70,7 @@ class FalqonPrecision(Precision):
         exclude: patterns of linear layers to leave in `dtype`, beside the output embedding.
         output_embedding: meld the output embedding (lm_head) as well.
         svd: `randomized` or `full`.
+        groups: run q/k/v and gate/up as one layer each, see `falqon.recipe.MeldRecipe`.
         dtype: of everything that is not melded. Norms and the loss compute in float32 inside.
         seed: of the randomised SVD and of stochastic rounding.
 
@@ -92,6 +93,7 @@ class FalqonPrecision(Precision):
         exclude: list[str] | None = None,
         output_embedding: bool = False,
         svd: Literal["randomized", "full"] = "randomized",
+        groups: bool = True,
         dtype: Literal["bf16", "fp32"] = "bf16",
         seed: int = 0,
     ) -> None:
@@ -105,6 +107,7 @@ class FalqonPrecision(Precision):
             lora_alpha=lora_alpha,
             svd=svd,
             seed=seed,
+            groups=groups,
         )
         changes: dict[str, Any] = {} if rounding is None else {"rounding": rounding}
         if not (isinstance(update, dict) and "seed" in update):

@@ -148,6 +148,9 @@ class MeldRecipe:
         oversampling: extra sketch columns of the randomised SVD.
         power_iterations: power iterations of the randomised SVD.
         seed: of its sketch and of `kaiming`.
+        groups: in models of a known family, run the layers of an attention or MLP that share an
+            input (q/k/v, gate/up) as one: see `falqon.blocks`. Names and weights are the same, and
+            so is the forward pass; gradients of inputs are rounded once instead of once a layer.
 
     Raises:
         InputError: for a value out of range.
@@ -163,6 +166,7 @@ class MeldRecipe:
     oversampling: int = 32
     power_iterations: int = 16
     seed: int = 0
+    groups: bool = True
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -183,6 +187,8 @@ class MeldRecipe:
         for key in ("include", "exclude"):
             if isinstance(getattr(self, key), str):  # it would be read letter by letter
                 raise InputError(f"{name}.{key} is one string; give a list of patterns.")
+        if not isinstance(self.groups, bool):
+            raise InputError(f"{name}.groups is {self.groups!r}; write true or false.")
         if not self.include:
             raise InputError(f"{name}.include is empty, so nothing would be melded; use ['*'].")
 

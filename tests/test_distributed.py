@@ -105,3 +105,65 @@ def test_two_devices_give_the_loss_of_one(
 
     for key in ("train/loss", "grad_norm", "val/loss"):
         assert column("two", key) == pytest.approx(column("one", key), rel=1e-3), key
+
+
+# Sharded codes are not where a group laid them, and change place with every gather.
+SHARDED = """
+import copy
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from transformers import LlamaConfig, LlamaForCausalLM
+from falqon.meld import meld, melded_layers
+from falqon.recipe import MeldRecipe
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+config = LlamaConfig(
+    vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, attn_implementation="sdpa",
+)
+model = LlamaForCausalLM(config)
+assert len(meld(model, None, MeldRecipe(rank=4)).grouped) == 4
+whole = copy.deepcopy(model)
+place = lambda p: Shard(1) if p.dtype == torch.uint8 else Shard(0)
+for part in (*model.model.layers, model):
+    fully_shard(part, shard_placement_fn=place)
+ids = torch.randint(0, 61, (2, 9))
+for step in range(2):
+    ours, wanted = model(ids).logits, whole(ids).logits
+    assert torch.equal(ours, wanted)
+    ours.square().mean().backward()
+    wanted.square().mean().backward()
+    for layer, other in zip(melded_layers(model).values(), melded_layers(whole).values()):
+        assert isinstance(layer.codes, DTensor)
+        # Every rank has the same batch, so the mean over ranks is what one process has.
+        torch.testing.assert_close(layer.B.grad.full_tensor(), other.B.grad, rtol=1e-5, atol=1e-8)
+        layer.B.grad = other.B.grad = None
+        layer.codes.to_local().bitwise_xor_(0x80)
+        other.codes.data.bitwise_xor_(0x80)
+dist.destroy_process_group()
+"""
+
+
+def test_groups_of_sharded_codes(tmp_path: Path) -> None:
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            script,
+        ],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]

@@ -71,17 +71,17 @@ def test_matmuls_equal_their_formulas(
     # Scales that are not powers of two are applied after a product in bfloat16: one rounding more.
     roundings = 1 if exact or dtype != torch.bfloat16 else 2
 
-    o, o_a = melded_matmul(x, x_scale, codes, scale, None, rank, dtype, exact)
+    [o], [o_a] = melded_matmul(x, x_scale, [codes], [scale], [None], rank, dtype, exact)
     left, right = values(x, x_scale, E4M3), values(codes, scale, E4M3).t()
     assert o.dtype == o_a.dtype == dtype
     assert_is_product(o, left, right[:, :out], roundings)
     assert_is_product(o_a, left, right[:, out:], roundings)
-    with_bias, same = melded_matmul(x, x_scale, codes, scale, bias, rank, dtype, exact)
+    [with_bias], [same] = melded_matmul(x, x_scale, [codes], [scale], [bias], rank, dtype, exact)
     assert_is_product(with_bias, left, right[:, :out], roundings + 1, bias)
     assert torch.equal(same, o_a)
 
     grad, grad_scale = quantize(random(tokens, out, seed=3), E5M2, granularity, rounding)
-    dx = backbone_matmul(grad, grad_scale, codes, scale, rank, dtype, exact)
+    dx = backbone_matmul(grad, grad_scale, [codes], scale, rank, dtype, exact)
     assert dx.dtype == dtype
     assert_is_product(
         dx, values(grad, grad_scale, E5M2), values(codes[:out], scale, E4M3), roundings
@@ -95,7 +95,7 @@ def test_outputs_share_no_storage(tokens: int, dtype: torch.dtype, with_bias: bo
     # Else the saved O_A would keep O, and an in-place change of O would break the backward pass.
     x, codes = torch.zeros(tokens, 8, dtype=torch.uint8), torch.zeros(6, 8, dtype=torch.uint8)
     bias = torch.zeros(4) if with_bias else None
-    o, o_a = melded_matmul(x, torch.ones(1), codes, torch.ones(1), bias, 2, dtype)
+    [o], [o_a] = melded_matmul(x, torch.ones(1), [codes], [torch.ones(1)], [bias], 2, dtype)
     assert (o.shape, o_a.shape) == ((tokens, 4), (tokens, 2))
     assert o.is_contiguous()
     assert o_a.is_contiguous()
@@ -116,14 +116,15 @@ def test_forward_is_one_matmul() -> None:
 
     codes = torch.ones(6, 8, dtype=torch.uint8)
     with Count() as count:
-        MeldedMatmul(2, True)(codes[:3], torch.ones(1), codes, torch.ones(1), None, torch.float32)
+        one = torch.ones(1)
+        MeldedMatmul(2, True)(codes[:3], one, [codes], [one], [None], torch.float32)
     assert count.calls == ["aten.mm.default"]
 
 
 def test_large_products_do_not_overflow_float16() -> None:
     ones = torch.full((1, 512), 1.0)
     x, x_scale = quantize(ones, E4M3)  # codes of 256: their unscaled products reach 2^25
-    o, o_a = melded_matmul(x, x_scale, x.expand(3, -1), x_scale, None, 1, torch.float16)
+    [o], [o_a] = melded_matmul(x, x_scale, [x.expand(3, -1)], [x_scale], [None], 1, torch.float16)
     assert o.tolist() == [[512.0, 512.0]]
     assert o_a.tolist() == [[512.0]]
 
@@ -131,10 +132,10 @@ def test_large_products_do_not_overflow_float16() -> None:
 def test_operands_without_rounding() -> None:
     x, weight = random(5, 8), random(6, 8, seed=1)
     x_values, one = PassThrough()(x)
-    o, o_a = melded_matmul(x_values, one, weight, torch.ones(1), None, 2, torch.float32)
+    [o], [o_a] = melded_matmul(x_values, one, [weight], [torch.ones(1)], [None], 2, torch.float32)
     torch.testing.assert_close(torch.cat([o, o_a], 1), x @ weight.t(), rtol=0, atol=1e-5)
     grad = random(5, 4, seed=2)
-    dx = backbone_matmul(grad, one, weight, torch.ones(1), 2, torch.float32)
+    dx = backbone_matmul(grad, one, [weight], torch.ones(1), 2, torch.float32)
     torch.testing.assert_close(dx, grad @ weight[:4], rtol=0, atol=1e-5)
     assert torch.equal(x_values, x)
 

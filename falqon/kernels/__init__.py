@@ -4,13 +4,15 @@ Shape legend for all of them: T tokens, `in`/`out` features, r adapter rank, k w
 Knows neither Lightning nor transformers.
 """
 
-from falqon.kernels.backbone_matmul import BackboneMatmul, backbone_matmul
+from falqon.kernels.backbone_matmul import BackboneMatmul, backbone_matmul, joined_gradients
 from falqon.kernels.compensated import Compensation, compensation, encode_compensated
 from falqon.kernels.melded_matmul import MeldedMatmul, melded_matmul
 from falqon.kernels.pending import Pending, add_pending, add_pending_grad
 from falqon.kernels.proxy_grad import ProxyGrad, proxy_grad
 from falqon.kernels.quantize import PassThrough, Quantize
+from falqon.kernels.rms_norm_quantize import RmsNormQuantize, rms_norm_grad, rms_norm_quantize
 from falqon.kernels.row_update import Origin, RowUpdate, RowUpdateCounts, row_update
+from falqon.kernels.swiglu_quantize import SwigluQuantize, swiglu_grad, swiglu_quantize
 
 __all__ = [
     "BackboneMatmul",
@@ -21,14 +23,21 @@ __all__ = [
     "Pending",
     "ProxyGrad",
     "Quantize",
+    "RmsNormQuantize",
     "RowUpdate",
     "RowUpdateCounts",
+    "SwigluQuantize",
     "add_pending",
     "add_pending_grad",
     "backbone_matmul",
     "compensation",
     "encode_compensated",
+    "joined_gradients",
     "melded_matmul",
     "proxy_grad",
+    "rms_norm_grad",
+    "rms_norm_quantize",
     "row_update",
+    "swiglu_grad",
+    "swiglu_quantize",
 ]

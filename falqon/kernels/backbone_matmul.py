@@ -1,50 +1,82 @@
-"""Backward matmul to the input: the gradient through the backbone alone (paper Alg. 3)."""
+"""Backward matmul to the input: the gradient through the backbones alone (paper Alg. 3)."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from falqon.fp8 import E4M3, E5M2
-from falqon.kernels.operands import compute_dtype, operand, scaled_matmul
+from falqon.kernels.operands import compute_dtype, operand, rescaled
+
+
+def joined_gradients(
+    grads: Sequence[Tensor], scales: Sequence[Tensor], power_of_two: bool = False
+) -> Tensor:
+    """Gradients of a group's outputs side by side, in units of the first layer's weight scale.
+
+    `[g_0 | g_1 s_0/s_1 | ...]`: with the weight scale `s_0` for all of them, `backbone_matmul` is
+    then the sum over the layers. Exact where the scales are powers of two.
+
+    Args:
+        grads: dL/dO_i [T, out_i], one dtype.
+        scales: weight scales s_i, float32 [1] each.
+        power_of_two: the scales are powers of two.
+
+    Returns:
+        [T, sum of out_i]; float32 if the factors are not exact in the gradients' dtype. With one
+        layer its gradient itself.
+    """
+    if len(grads) == 1:
+        return grads[0]
+    # float16 has the bits for the factor but not the exponents.
+    is_exact = power_of_two and grads[0].dtype != torch.float16
+    dtype = grads[0].dtype if is_exact else torch.float32
+    factors = [(scales[0] / scale).to(dtype) for scale in scales]
+    return torch.cat([g * factor for g, factor in zip(grads, factors, strict=True)], dim=1)
 
 
 def backbone_matmul(
     grad: Tensor,
     grad_scale: Tensor,
-    codes: Tensor,
+    codes: Sequence[Tensor],
     scale: Tensor,
     rank: int,
     dtype: torch.dtype,
     power_of_two: bool = False,
 ) -> Tensor:
-    """`dL/dx = g W / (s_g s_W)`; the rows of A take no part.
+    """`dL/dx = g [W_0; W_1; ...] / (s_g s_0)`; the rows of A take no part.
 
     Args:
-        grad: E5M2 codes of dL/dO, uint8 [T, out] (or values, in a recipe without FP8 rounding).
+        grad: E5M2 codes of `joined_gradients`, uint8 [T, sum of out_i] (or values, in a recipe
+            without FP8 rounding).
         grad_scale: float32 [1] or [T, 1].
-        codes: merged weight, uint8 [out + r, in] (or float32).
-        scale: float32 [1].
-        rank: r.
+        codes: merged weights of the group, uint8 [out_i + r, in] (or float32).
+        scale: s_0, float32 [1].
+        rank: r, the number of rows of A in each.
         dtype: of the result.
         power_of_two: both scales are powers of two (a faster exact path).
 
     Returns:
-        dL/dx [T, in].
+        dL/dx [T, in], summed over the group in float32.
     """
     compute = compute_dtype(dtype)
-    backbone = codes[: codes.shape[0] - rank]
+    backbones = [merged[: merged.shape[0] - rank] for merged in codes]
+    backbone = backbones[0] if len(backbones) == 1 else torch.cat(backbones)
     left, right = operand(grad, E5M2, compute), operand(backbone, E4M3, compute)
-    if codes.dtype != torch.uint8:
+    if backbone.dtype != torch.uint8:
         return (left @ right).to(dtype)
-    return scaled_matmul(left, right, grad_scale, scale, dtype, power_of_two)
+    if power_of_two:
+        return (left.mul_((1.0 / (grad_scale * scale)).to(compute)) @ right).to(dtype)
+    return rescaled(left @ right, grad_scale * scale, dtype, power_of_two)
 
 
 class BackboneMatmul(nn.Module):
     """`backbone_matmul` as a module.
 
     Args:
-        rank: r, the number of rows of A under the backbone.
+        rank: r, the number of rows of A under each backbone.
         power_of_two: all scales are powers of two.
     """
 
@@ -53,7 +85,12 @@ class BackboneMatmul(nn.Module):
         self.rank, self.power_of_two = rank, power_of_two
 
     def forward(
-        self, grad: Tensor, grad_scale: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype
+        self,
+        grad: Tensor,
+        grad_scale: Tensor,
+        codes: Sequence[Tensor],
+        scale: Tensor,
+        dtype: torch.dtype,
     ) -> Tensor:
         """See `backbone_matmul`."""
         return backbone_matmul(grad, grad_scale, codes, scale, self.rank, dtype, self.power_of_two)

@@ -1,58 +1,79 @@
-"""Forward matmul of a melded layer: one GEMM gives backbone and adapter output (paper Alg. 2)."""
+"""Forward matmul of melded layers: one GEMM gives backbone and adapter outputs (paper Alg. 2).
+
+Layers with one input, a group, share it; a single layer is a group of one.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from falqon.fp8 import E4M3
-from falqon.kernels.operands import compute_dtype, operand, scaled_matmul
+from falqon.kernels.operands import compute_dtype, operand, rescaled, stacked
 
 
 def melded_matmul(
     x: Tensor,
     x_scale: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
     rank: int,
     dtype: torch.dtype,
     power_of_two: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`[O | O_A] = x M^T / (s_x s_W)`, plus the bias on O.
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`[O_i | O_A_i] = x M_i^T / (s_x s_i)` for every layer i, plus the biases on O_i.
+
+    With power-of-two scales that of `x` is applied to `x`, where it is exact in bfloat16, and those
+    of the layers to their part of the product, where they are exact too; others to the product
+    together, which a bfloat16 matmul has rounded once by then. So a layer's results are those that
+    it has alone, to the last bit, wherever the GEMM adds up in the same order.
 
     Args:
         x: E4M3 codes uint8 [T, in] (or values, in a recipe without FP8 rounding).
         x_scale: float32 [1] or [T, 1].
-        codes: merged weight M, uint8 [out + r, in] (or float32): backbone rows, then rows of A.
-        scale: float32 [1].
-        bias: [out] or None.
-        rank: r, the number of rows of A.
+        codes: merged weights M_i, uint8 [out_i + r, in] (or float32): backbone rows, then rows of
+            A. No copy is made of them where they lie one behind the other in memory.
+        scales: float32 [1] each.
+        biases: [out_i] or None each.
+        rank: r, the number of rows of A in each.
         dtype: of the results.
-        power_of_two: both scales are powers of two (a faster exact path).
+        power_of_two: all scales are powers of two (a faster exact path).
 
     Returns:
-        O [T, out] and O_A [T, r], contiguous tensors of their own: keeping O_A keeps no O.
+        O_i [T, out_i] and O_A_i [T, r], contiguous tensors of their own: keeping O_A_i keeps
+        nothing else.
     """
     compute = compute_dtype(dtype)
-    split = codes.shape[0] - rank
-    left, right = operand(x, E4M3, compute), operand(codes, E4M3, compute).t()
-    if codes.dtype == torch.uint8:
-        both = scaled_matmul(left, right, x_scale, scale, dtype, power_of_two)
-    else:
-        both = (left @ right).to(dtype)
-    # Copies: with a single token both slices are contiguous, and `contiguous` would share storage.
-    out, adapter = both[:, :split], both[:, split:].clone(memory_format=torch.contiguous_format)
-    if bias is None:
-        return out.clone(memory_format=torch.contiguous_format), adapter
-    return out + bias.to(dtype), adapter
+    is_rounded = codes[0].dtype == torch.uint8
+    left, right = operand(x, E4M3, compute), operand(stacked(codes), E4M3, compute).t()
+    if is_rounded and power_of_two:
+        left = left.mul_((1.0 / x_scale).to(compute))
+    both = left @ right
+
+    def part(start: int, end: int, scale: Tensor) -> Tensor:
+        if not is_rounded:
+            return both[:, start:end].to(dtype).clone(memory_format=torch.contiguous_format)
+        scale = scale if power_of_two else x_scale * scale
+        return rescaled(both[:, start:end], scale, dtype, power_of_two)
+
+    outs, adapters, start = [], [], 0
+    for merged, scale, bias in zip(codes, scales, biases, strict=True):
+        end = start + merged.shape[0]
+        out = part(start, end - rank, scale)
+        outs.append(out if bias is None else out.add_(bias.to(dtype)))
+        adapters.append(part(end - rank, end, scale))
+        start = end
+    return outs, adapters
 
 
 class MeldedMatmul(nn.Module):
     """`melded_matmul` as a module.
 
     Args:
-        rank: r, the number of rows of A under the backbone.
+        rank: r, the number of rows of A under each backbone.
         power_of_two: all scales are powers of two.
     """
 
@@ -64,13 +85,13 @@ class MeldedMatmul(nn.Module):
         self,
         x: Tensor,
         x_scale: Tensor,
-        codes: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
+        codes: Sequence[Tensor],
+        scales: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """See `melded_matmul`."""
-        return melded_matmul(x, x_scale, codes, scale, bias, self.rank, dtype, self.power_of_two)
+        return melded_matmul(x, x_scale, codes, scales, biases, self.rank, dtype, self.power_of_two)
 
     def extra_repr(self) -> str:
         """What `repr` shows in the brackets."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,32 +20,58 @@ def operand(codes: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
     return decode(codes, fmt, dtype) if codes.dtype == torch.uint8 else codes.to(dtype)
 
 
-def scaled_matmul(
-    left: Tensor,
-    right: Tensor,
-    left_scale: Tensor,
-    right_scale: Tensor,
-    dtype: torch.dtype,
-    power_of_two: bool,
-) -> Tensor:
-    """`(left @ right) / (left_scale * right_scale)` with float32 accumulation.
+def are_consecutive(parts: Sequence[Tensor]) -> bool:
+    """Whether plain tensors [n_i, m] lie one directly behind the other in one storage."""
+    first = parts[0]
+    end = first.data_ptr() if type(first) in (Tensor, torch.nn.Parameter) else 0
+    for part in parts:
+        if (
+            type(part) not in (Tensor, torch.nn.Parameter)  # DTensor, FakeTensor: no address
+            or part.data_ptr() != end
+            or not part.is_contiguous()
+            or (part.dtype, part.shape[1]) != (first.dtype, first.shape[1])
+            or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        ):
+            return False
+        end += part.numel() * part.element_size()
+    return True
 
-    Power-of-two scales are applied to the left operand, where they are exact in bfloat16; others to
-    the product, which a bfloat16 matmul has rounded once by then.
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of several tensors in one: a view where they are consecutive, otherwise a copy.
+
+    Where the parts lie is looked at every time, so that no view can be out of date. Traced code
+    knows no addresses and copies, which a compiler fuses with what reads it.
 
     Args:
-        left: [T, m], decoded, in `compute_dtype(dtype)`; may be overwritten.
-        right: [m, n], decoded, same dtype.
-        left_scale: float32 [1] or [T, 1].
-        right_scale: float32 [1].
+        parts: [n_i, m] each, of one dtype and device.
+
+    Returns:
+        [sum of n_i, m].
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if torch.compiler.is_compiling() or not are_consecutive(parts):
+        return torch.cat(list(parts))
+    shape = (sum(part.shape[0] for part in parts), first.shape[1])
+    return first.as_strided(shape, (first.shape[1], 1))
+
+
+def rescaled(product: Tensor, scale: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tensor:
+    """`product / scale` as a new, contiguous tensor.
+
+    Args:
+        product: [T, n], any strides.
+        scale: float32 [1] or [T, 1].
         dtype: of the result.
-        power_of_two: both scales are powers of two.
+        power_of_two: the scale is a power of two, exact in the dtype of the product.
 
     Returns:
         [T, n] of `dtype`.
     """
-    inverse = 1.0 / (left_scale * right_scale)
+    inverse = 1.0 / scale
     if power_of_two:
-        return (left.mul_(inverse.to(left.dtype)) @ right).to(dtype)
-    product = left @ right
-    return torch.mul(product, inverse, out=torch.empty_like(product, dtype=dtype))
+        inverse = inverse.to(product.dtype)  # of one dtype, for one vectorised pass
+    out = torch.empty(product.shape, dtype=dtype, device=product.device)
+    return torch.mul(product, inverse, out=out)

@@ -5,6 +5,9 @@ Two thin matmuls on tensors that exist anyway; `O_A` is part of the melded matmu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from falqon.fp8 import E4M3
@@ -26,23 +29,31 @@ def add_pending(out: Tensor, adapter: Tensor, proxy: Tensor) -> Tensor:
 
 
 def add_pending_grad(
-    grad_input: Tensor, grad: Tensor, proxy: Tensor, codes: Tensor, scale: Tensor
+    grad_input: Tensor,
+    grads: Sequence[Tensor],
+    proxies: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
 ) -> Tensor:
-    """`dL/dx + (dL/dO B) A`, in place.
+    """`dL/dx + sum of (dL/dO_i B_i) A_i` over the layers of a group, in place and one matmul.
 
     Args:
         grad_input: dL/dx [T, in].
-        grad: dL/dO [T, out], same dtype.
-        proxy: B, times the LoRA scaling, float32 [out, r].
-        codes: merged weight, uint8 [out + r, in] (or float32).
-        scale: float32 [1].
+        grads: dL/dO_i [T, out_i], same dtype.
+        proxies: B_i, times the LoRA scaling, float32 [out_i, r].
+        codes: merged weights, uint8 [out_i + r, in] (or float32).
+        scales: float32 [1] each.
 
     Returns:
         `grad_input`.
     """
-    adapter = operand(codes[codes.shape[0] - proxy.shape[1] :], E4M3, grad.dtype)
-    thin = grad @ (proxy / scale).to(grad.dtype)
-    return grad_input.addmm_(thin, adapter)
+    rank = proxies[0].shape[1]
+    adapters = torch.cat([merged[merged.shape[0] - rank :] for merged in codes])
+    thin = [
+        grad @ (proxy / scale).to(grad.dtype)
+        for grad, proxy, scale in zip(grads, proxies, scales, strict=True)
+    ]
+    return grad_input.addmm_(torch.cat(thin, dim=1), operand(adapters, E4M3, grad_input.dtype))
 
 
 class Pending(nn.Module):
@@ -53,7 +64,12 @@ class Pending(nn.Module):
         return add_pending(out, adapter, proxy)
 
     def backward(
-        self, grad_input: Tensor, grad: Tensor, proxy: Tensor, codes: Tensor, scale: Tensor
+        self,
+        grad_input: Tensor,
+        grads: Sequence[Tensor],
+        proxies: Sequence[Tensor],
+        codes: Sequence[Tensor],
+        scales: Sequence[Tensor],
     ) -> Tensor:
         """See `add_pending_grad`."""
-        return add_pending_grad(grad_input, grad, proxy, codes, scale)
+        return add_pending_grad(grad_input, grads, proxies, codes, scales)

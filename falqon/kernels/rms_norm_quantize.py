@@ -1,0 +1,81 @@
+"""RMSNorm and quantise in one: the input of q/k/v and of gate/up (Zhang, Sennrich, 1910.07467)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from falqon.fp8 import Format, quantize
+from falqon.recipe import ScaleRounding
+
+
+def rms_norm_quantize(
+    x: Tensor, weight: Tensor, eps: float, fmt: Format, rounding: ScaleRounding
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`Q(w * (x / rms(x)))` with `rms(x) = sqrt(mean(x^2) + eps)` and one scale a token.
+
+    Rounded where the modules of transformers round, so that the codes are the same to the last bit:
+    the mean in float32, `x / rms(x)` to the dtype of `x`, the product with `w` to that dtype.
+
+    Args:
+        x: [T, n], floating.
+        weight: w, [n], same dtype.
+        eps: added to the mean square.
+        fmt: target format.
+        rounding: of the scales.
+
+    Returns:
+        codes uint8 [T, n]; scale float32 [T, 1]; 1 / rms(x) float32 [T, 1], for the gradient.
+    """
+    wide = x.to(torch.float32)
+    inverse_rms = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    normed = weight * (wide * inverse_rms).to(x.dtype)
+    codes, scale = quantize(normed, fmt, "per_token", rounding)
+    return codes, scale, inverse_rms
+
+
+def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> Tensor:
+    """`dL/dx = (g w - x mean(g w x) / rms^2) / rms`, in float32, rounded once at the end.
+
+    Args:
+        grad: g, gradient of the normed tensor [T, n].
+        x: [T, n], what was normed.
+        weight: w, [n].
+        inverse_rms: 1 / rms(x), float32 [T, 1].
+
+    Returns:
+        [T, n] in the dtype of `x`. There is none for the weight, which is frozen.
+    """
+    weighted = grad.to(torch.float32) * weight.to(torch.float32)
+    wide = x.to(torch.float32)
+    along = (weighted * wide).mean(-1, keepdim=True) * inverse_rms.square()
+    return ((weighted - wide * along) * inverse_rms).to(x.dtype)
+
+
+class RmsNormQuantize(nn.Module):
+    """`rms_norm_quantize` and `rms_norm_grad` as a module: forward and backward of one operation.
+
+    Args:
+        eps: added to the mean square.
+        fmt: target format.
+        scale_rounding: of the scales, one a token.
+    """
+
+    def __init__(self, eps: float, fmt: Format, scale_rounding: ScaleRounding) -> None:
+        super().__init__()
+        self.eps, self.fmt = eps, fmt
+        self.scale_rounding: ScaleRounding = scale_rounding
+
+    def forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `rms_norm_quantize`."""
+        return rms_norm_quantize(x, weight, self.eps, self.fmt, self.scale_rounding)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor
+    ) -> tuple[Tensor, None]:
+        """Gradients of `x` and of the weight (none); see `rms_norm_grad`."""
+        return rms_norm_grad(grad, x, weight, inverse_rms), None
+
+    def extra_repr(self) -> str:
+        """What `repr` shows in the brackets."""
+        return f"{self.fmt.name}, eps={self.eps}, scale_rounding={self.scale_rounding}"

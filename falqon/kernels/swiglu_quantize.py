@@ -1,0 +1,69 @@
+"""SwiGLU and quantise in one: the input of down (Shazeer, arXiv:2002.05202)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from falqon.fp8 import Format, quantize
+from falqon.recipe import ScaleRounding
+
+
+def swiglu_quantize(
+    gate: Tensor, up: Tensor, fmt: Format, rounding: ScaleRounding
+) -> tuple[Tensor, Tensor]:
+    """`Q(silu(gate) * up)` with one scale a token.
+
+    Rounded where the modules of transformers round, so that the codes are the same to the last bit:
+    `silu(gate)` and the product, both to the dtype of the operands.
+
+    Args:
+        gate, up: [T, n], of one floating dtype.
+        fmt: target format.
+        rounding: of the scales.
+
+    Returns:
+        codes uint8 [T, n]; scale float32 [T, 1].
+    """
+    return quantize(functional.silu(gate) * up, fmt, "per_token", rounding)
+
+
+def swiglu_grad(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """`g up silu'(gate)` and `g silu(gate)`, rounded where autograd rounds.
+
+    Args:
+        grad: g, gradient of `silu(gate) * up` [T, n].
+        gate, up: [T, n], same dtype.
+
+    Returns:
+        Gradients of gate and up, [T, n] each, to the last bit those of autograd.
+    """
+    d_gate: Tensor = torch.ops.aten.silu_backward(grad * up, gate)
+    return d_gate, grad * functional.silu(gate)
+
+
+class SwigluQuantize(nn.Module):
+    """`swiglu_quantize` and `swiglu_grad` as a module: forward and backward of one operation.
+
+    Args:
+        fmt: target format.
+        scale_rounding: of the scales, one a token.
+    """
+
+    def __init__(self, fmt: Format, scale_rounding: ScaleRounding) -> None:
+        super().__init__()
+        self.fmt = fmt
+        self.scale_rounding: ScaleRounding = scale_rounding
+
+    def forward(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """See `swiglu_quantize`."""
+        return swiglu_quantize(gate, up, self.fmt, self.scale_rounding)
+
+    def backward(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of gate and up; see `swiglu_grad`."""
+        return swiglu_grad(grad, gate, up)
+
+    def extra_repr(self) -> str:
+        """What `repr` shows in the brackets."""
+        return f"{self.fmt.name}, scale_rounding={self.scale_rounding}"
