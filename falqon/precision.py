@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from falqon.checkpoint.hashing import hash_tensors
 from falqon.errors import InputError
+from falqon.kernels import devices
 from falqon.linear import MeldedLinear
 from falqon.meld import MeldReport, meld, melded_layers, targets
 from falqon.proxy import ProxyUpdate
@@ -71,6 +72,8 @@ class FalqonPrecision(Precision):
         output_embedding: meld the output embedding (lm_head) as well.
         svd: `randomized` or `full`.
         groups: run q/k/v and gate/up as one layer each, see `falqon.recipe.MeldRecipe`.
+        keep_transposed: on a GPU, keep the codes transposed for the backward pass as well: one more
+            byte a weight, faster with few tokens a step; the same numbers. See docs/kernels.md.
         dtype: of everything that is not melded. Norms and the loss compute in float32 inside.
         seed: of the randomised SVD and of stochastic rounding.
 
@@ -94,6 +97,7 @@ class FalqonPrecision(Precision):
         output_embedding: bool = False,
         svd: Literal["randomized", "full"] = "randomized",
         groups: bool = True,
+        keep_transposed: bool = False,
         dtype: Literal["bf16", "fp32"] = "bf16",
         seed: int = 0,
     ) -> None:
@@ -117,6 +121,7 @@ class FalqonPrecision(Precision):
             raise InputError(f"dtype is {dtype!r}; choose bf16 or fp32.")
         self.dtype_name = dtype
         self.dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
+        self.keep_transposed = keep_transposed
         self.report: MeldReport | None = None
         self.layers: dict[str, MeldedLinear] = {}
         self.proxy_update: ProxyUpdate | None = None
@@ -150,7 +155,12 @@ class FalqonPrecision(Precision):
             module: model or LightningModule, changed in place.
             device: where to meld each layer; the layer's own device if None.
             progress: see `falqon.meld.meld`.
+
+        Raises:
+            InputError: for a device that the kernels cannot run on, and as `falqon.meld.meld` does.
         """
+        if device is not None:
+            devices.check(torch.device(device))
         check_rows(module, self.update, self.melding)
         weights: dict[str, Tensor] = {}
 
@@ -184,6 +194,8 @@ class FalqonPrecision(Precision):
             self._originals_hash = ""
             self.proxy_update = ProxyUpdate(layers, self.update, weights)
             self.scaling = DelayedScaling(module, self.fp8.amax_history)
+            for layer in layers.values():
+                layer.backbone_matmul.keep_transposed = self.keep_transposed
         return module
 
     @override

@@ -140,19 +140,18 @@ def test_vendor_matmul(outs: tuple[int, ...], per_token: bool, fmt: Any) -> None
     right = encode(random(sum(outs) + rank * len(outs), features, seed=2), E4M3)
     left_scale = 2.0 ** torch.arange(tokens).remainder(3)[:, None] if per_token else torch.ones(1)
     right_scale = 2.0 ** torch.arange(len(outs), dtype=torch.float32)
-    segments: list[int] = []
+    segments: list[tuple[int, int, int, int]] = []
     row = column = 0
     for number, out in enumerate(outs):
-        segments += [row, out, column, 0, row + out, rank, number * rank, 1]
+        segments += [(row, out, column, 0), (row + out, rank, number * rank, 1)]
         row, column = row + out + rank, column + out
     bias = random(sum(outs)).bfloat16() if per_token else None
     out, adapter = vendor_matmul(
-        left, left_scale, fmt.name, right, right_scale, segments, torch.bfloat16, bias
+        left, left_scale, fmt.name, right, right_scale, tuple(segments), torch.bfloat16, bias
     )
     exact = decode(left, fmt) @ decode(right, E4M3).t() / left_scale
-    for number in range(0, len(segments), 4):
-        first, rows, column, other = segments[number : number + 4]
-        expected = exact[:, first : first + rows] / right_scale[number // 8]
+    for number, (first, rows, column, other) in enumerate(segments):
+        expected = exact[:, first : first + rows] / right_scale[number // 2]
         if bias is not None and not other:
             expected = expected + bias[column : column + rows]
         ours = (adapter if other else out)[:, column : column + rows]
@@ -164,7 +163,7 @@ def test_vendor_matmul(outs: tuple[int, ...], per_token: bool, fmt: Any) -> None
         fmt.name,
         right,
         right_scale[:1],
-        [0, len(right), 0, 0],
+        ((0, len(right), 0, 0),),
         torch.bfloat16,
         None,
     )

@@ -16,7 +16,9 @@ from benchmarks import kernel_builds
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("kernels", ["matmul", "ops", "producers", "quantize", "row_update"])
+@pytest.mark.parametrize(
+    "kernels", ["layers", "matmul", "ops", "producers", "quantize", "row_update"]
+)
 def test_kernels_in_the_interpreter(kernels: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(

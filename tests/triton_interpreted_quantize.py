@@ -123,7 +123,7 @@ def test_quantize_all_of_bfloat16(fmt: Format, granularity: Granularity, finite:
 
 
 def test_rows_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LONGEST", 64)
+    monkeypatch.setattr(module, "LONGEST_ROW", 64)
     x = random(5, 200).to(torch.bfloat16)
     ours, factor, _ = quantize_triton(x, E4M3, "per_token", "none")
     codes, scale = quantize(x, E4M3, "per_token", "none")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from falqon.fp8 import E4M3, E5M2
-from falqon.kernels.operands import compute_dtype, operand, rescaled
+from falqon.kernels import devices
+from falqon.kernels.operands import compute_dtype, operand, rescaled, stacked
+from falqon.kernels.transposed import kept
 
 
 def joined_gradients(
@@ -72,17 +75,88 @@ def backbone_matmul(
     return rescaled(left @ right, grad_scale * scale, dtype, power_of_two)
 
 
+@torch.library.custom_op("falqon::backbone_matmul", mutates_args=())
+def backbone_matmul_gpu(
+    grad: Tensor,
+    grad_scale: Tensor,
+    codes: Sequence[Tensor],
+    scale: Tensor,
+    rank: int,
+    dtype: torch.dtype,
+    keep: bool,
+) -> Tensor:
+    """`backbone_matmul` on a GPU.
+
+    The codes are read as they lie where that is the faster (`reads_row_major`), otherwise turned
+    first; with `keep` what was turned stays in memory until the codes change.
+    """
+    from falqon.kernels.scaled_matmul import scaled_matmul
+    from falqon.kernels.transpose_triton import transpose_triton
+
+    counts = [len(merged) - rank for merged in codes]
+    cuts = tuple(accumulate(counts))[:-1]
+    segments = ((0, codes[0].shape[1], 0, 0),)
+    if reads_row_major(devices.capability(grad.device), grad.shape[0], cuts, keep):
+        return scaled_matmul(
+            grad, grad_scale, "e5m2", stacked(codes), scale, segments, dtype, None, cuts, rank
+        )[0]
+
+    def turn() -> Tensor:
+        return transpose_triton(stacked(codes), sum(counts), cuts, rank)
+
+    turned = kept(codes, counts, turn) if keep else turn()
+    return scaled_matmul(grad, grad_scale, "e5m2", turned, scale, segments, dtype)[0]
+
+
+@backbone_matmul_gpu.register_fake
+def _(
+    grad: Tensor,
+    grad_scale: Tensor,
+    codes: Sequence[Tensor],
+    scale: Tensor,
+    rank: int,
+    dtype: torch.dtype,
+    keep: bool,
+) -> Tensor:
+    return grad.new_empty(grad.shape[0], codes[0].shape[1], dtype=dtype)
+
+
+FEW_TOKENS = 256
+"""Up to so many, reading the weight takes longer than multiplying by it; see docs/kernels.md."""
+
+
+def reads_row_major(capability: int, tokens: int, cuts: Sequence[int], keep: bool) -> bool:
+    """Whether the backward matmul reads the codes as they lie, rather than a transposed copy.
+
+    Args:
+        capability: NVIDIA compute capability; 0 for others.
+        tokens: T.
+        cuts: backbone rows between which rows of A lie: the kernel steps over them only at
+            multiples of its block of 128.
+        keep: a copy that is there already costs nothing but memory.
+    """
+    if len(cuts) > 2 or any(cut % 128 for cut in cuts):
+        return False
+    reads_both_orders = capability // 10 == 10  # tensor cores of data-centre Blackwell
+    return reads_both_orders or (tokens <= FEW_TOKENS and not keep)
+
+
 class BackboneMatmul(nn.Module):
     """`backbone_matmul` as a module.
 
     Args:
         rank: r, the number of rows of A under each backbone.
         power_of_two: all scales are powers of two.
+
+    Attributes:
+        keep_transposed: on a GPU that wants the codes transposed, keep them so: one more byte a
+            weight, and no transposition in backward passes before the codes change.
     """
 
     def __init__(self, rank: int, power_of_two: bool = False) -> None:
         super().__init__()
         self.rank, self.power_of_two = rank, power_of_two
+        self.keep_transposed = False
 
     def forward(
         self,
@@ -93,6 +167,10 @@ class BackboneMatmul(nn.Module):
         dtype: torch.dtype,
     ) -> Tensor:
         """See `backbone_matmul`."""
+        if devices.uses_kernels(grad) and grad.dtype == torch.uint8:
+            return backbone_matmul_gpu(
+                grad, grad_scale, codes, scale, self.rank, dtype, self.keep_transposed
+            )
         return backbone_matmul(grad, grad_scale, codes, scale, self.rank, dtype, self.power_of_two)
 
     def extra_repr(self) -> str:

@@ -7,9 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from falqon.errors import InputError
 
+LONGEST_ROW = 32768
+"""Values of a row that fit into the registers of one program of 16 warps."""
 OLDEST = 80
 """Compute capability of the oldest NVIDIA GPUs that Triton compiles for (Ampere)."""
 
@@ -29,6 +32,11 @@ def _architecture(index: int) -> str:
 
 def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
+
+
+def uses_kernels(x: Tensor) -> bool:
+    """Whether operations on a tensor are done by Triton kernels; otherwise by plain torch."""
+    return x.is_cuda
 
 
 def capability(device: torch.device) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from falqon.fp8 import E4M3
+from falqon.kernels import devices
 from falqon.kernels.operands import compute_dtype, operand, rescaled, stacked
 
 
@@ -69,6 +70,54 @@ def melded_matmul(
     return outs, adapters
 
 
+@torch.library.custom_op("falqon::melded_matmul", mutates_args=())
+def melded_matmul_gpu(
+    x: Tensor,
+    x_scale: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    rank: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`melded_matmul` on a GPU, the results of all layers side by side.
+
+    Returns:
+        [T, sum of out_i] and [T, r for each layer].
+    """
+    from falqon.kernels.scaled_matmul import scaled_matmul
+
+    segments, row, column = [], 0, 0
+    for number, merged in enumerate(codes):
+        out = merged.shape[0] - rank
+        segments += [(row, out, column, 0), (row + out, rank, number * rank, 1)]
+        row, column = row + out + rank, column + out
+    bias = None
+    if any(b is not None for b in biases):
+        given = zip(codes, biases, strict=True)
+        parts = [x_scale.new_zeros(len(m) - rank) if b is None else b for m, b in given]
+        bias = torch.cat([part.to(dtype) for part in parts])
+    scale = scales[0] if len(scales) == 1 else torch.cat(list(scales))
+    return scaled_matmul(
+        x, x_scale, "e4m3", stacked(codes), scale, tuple(segments), dtype, bias, rank=rank
+    )
+
+
+@melded_matmul_gpu.register_fake
+def _(
+    x: Tensor,
+    x_scale: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    rank: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    out = sum(merged.shape[0] - rank for merged in codes)
+    columns = (out, rank * len(codes))
+    return tuple(x.new_empty(x.shape[0], n, dtype=dtype) for n in columns)  # type: ignore[return-value]
+
+
 class MeldedMatmul(nn.Module):
     """`melded_matmul` as a module.
 
@@ -90,7 +139,11 @@ class MeldedMatmul(nn.Module):
         biases: Sequence[Tensor | None],
         dtype: torch.dtype,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """See `melded_matmul`."""
+        """See `melded_matmul`; on a GPU the O_i are views of one tensor, and so are the O_A_i."""
+        if devices.uses_kernels(x) and x.dtype == torch.uint8:
+            out, adapter = melded_matmul_gpu(x, x_scale, codes, scales, biases, self.rank, dtype)
+            outs = out.split([len(merged) - self.rank for merged in codes], dim=1)
+            return list(outs), list(adapter.split(self.rank, dim=1))
         return melded_matmul(x, x_scale, codes, scales, biases, self.rank, dtype, self.power_of_two)
 
     def extra_repr(self) -> str:

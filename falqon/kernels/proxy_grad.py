@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from falqon.kernels import devices
+
 
 def proxy_grad(grad: Tensor, adapter: Tensor) -> Tensor:
     """`dL/dB = (dL/dO)^T O_A`, straight from the high-precision gradient.
@@ -19,7 +21,7 @@ def proxy_grad(grad: Tensor, adapter: Tensor) -> Tensor:
     Returns:
         float32 [out, r].
     """
-    if grad.is_cuda:
+    if devices.uses_kernels(grad):
         return proxy_grad_gpu(grad, adapter)
     if grad.dtype == torch.float16:
         grad, adapter = grad.float(), adapter.float()

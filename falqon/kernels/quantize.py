@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from falqon.fp8 import E4M3, E5M2, Format, amax_of, compute_scale, quantize
+from falqon.kernels import devices
 from falqon.recipe import Granularity, ScaleRounding
 
-_FORMATS = {fmt.name: fmt for fmt in (E4M3, E5M2)}
+FORMATS = {fmt.name: fmt for fmt in (E4M3, E5M2)}
 
 
 @torch.library.custom_op("falqon::quantize", mutates_args=())
@@ -26,7 +27,7 @@ def quantize_gpu(x: Tensor, fmt: str, granularity: str, rounding: str) -> tuple[
     """
     from falqon.kernels.quantize_triton import quantize_triton
 
-    codes, scale, _ = quantize_triton(x, _FORMATS[fmt], granularity, rounding)  # type: ignore[arg-type]
+    codes, scale, _ = quantize_triton(x, FORMATS[fmt], granularity, rounding)  # type: ignore[arg-type]
     return codes, scale
 
 
@@ -53,7 +54,7 @@ def quantize_delayed_gpu(
     """
     from falqon.kernels.quantize_triton import quantize_delayed_triton
 
-    codes, amax, beyond = quantize_delayed_triton(x, _FORMATS[fmt], scale, observe)
+    codes, amax, beyond = quantize_delayed_triton(x, FORMATS[fmt], scale, observe)
     if amax is None or beyond is None:
         amax, beyond = scale.new_zeros(1), scale.new_zeros((), dtype=torch.int64)
     return codes, amax, beyond
@@ -113,7 +114,7 @@ class Quantize(nn.Module):
         scale = self.scale
         if scale is None:
             scale = compute_scale(amax_of(x, "per_tensor"), self.fmt, self.scale_rounding)
-        if x.is_cuda:
+        if devices.uses_kernels(x):
             codes, amax, count = quantize_delayed_gpu(x, self.fmt.name, scale, self.training)
         else:
             codes, _ = quantize(x, self.fmt, "per_tensor", self.scale_rounding, scale)
@@ -126,7 +127,7 @@ class Quantize(nn.Module):
         return codes, scale
 
     def _dynamic(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.is_cuda:
+        if devices.uses_kernels(x):
             scales = quantize_gpu(x, self.fmt.name, self.granularity, self.scale_rounding)
             return scales[0], scales[1]
         return quantize(x, self.fmt, self.granularity, self.scale_rounding)

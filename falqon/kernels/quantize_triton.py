@@ -1,8 +1,8 @@
 """Triton kernels of `Quantize`: per token in one pass, per tensor in two, delayed in one.
 
 Traffic: per token each value is read once and its code written once, the row stays on chip (rows
-of more than `LONGEST` values are read twice). Per tensor the amax needs a read of its own. With a
-scale that is known (delayed scaling) one pass casts, notes the amax and counts what overflows.
+of more than `LONGEST_ROW` values are read twice). Per tensor the amax needs a read of its own. With
+a scale that is known (delayed scaling) one pass casts, notes the amax and counts what overflows.
 Amaxes are maxima of integers, so that any order of reduction gives the same bits.
 """
 
@@ -16,11 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from falqon.fp8 import Format
-from falqon.kernels.devices import has_fp8_units, on_device
+from falqon.kernels.devices import LONGEST_ROW, has_fp8_units, on_device
 from falqon.kernels.triton_fp8 import encode, magnitude_bits, scale_of, widen
 from falqon.recipe import Granularity, ScaleRounding
 
-LONGEST = 32768  # values of a row that fit into the registers of 16 warps
 TILE = 4096  # values of a per-tensor program at a time
 SIDE = 64  # of a square tile, where codes are written transposed as well
 PARTS = 1024  # most partial amaxes of a tensor
@@ -152,7 +151,7 @@ def cast_kernel(  # type: ignore[no-untyped-def]
 
 def row_blocks(features: int) -> dict[str, Any]:
     """Tile of `quantize_rows_kernel`: whole rows, several if they are short."""
-    block = min(triton.next_power_of_2(max(features, 16)), LONGEST)
+    block = min(triton.next_power_of_2(max(features, 16)), LONGEST_ROW)
     rows = max(1, 2048 // block)
     warps = min(16, max(4, block // 1024))
     return {"ROWS": rows, "BLOCK": block, "ONCE": features <= block, "num_warps": warps}

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from falqon.fp8 import Format, quantize
+from falqon.kernels import devices
+from falqon.kernels.quantize import FORMATS
 from falqon.recipe import ScaleRounding
 
 
@@ -52,6 +54,37 @@ def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) 
     return ((weighted - wide * along) * inverse_rms).to(x.dtype)
 
 
+@torch.library.custom_op("falqon::rms_norm_quantize", mutates_args=())
+def rms_norm_quantize_gpu(
+    x: Tensor, weight: Tensor, eps: float, fmt: str, rounding: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rms_norm_quantize` by Triton; `fmt` is the format's name."""
+    from falqon.kernels.rms_norm_quantize_triton import rms_norm_quantize_triton
+
+    return rms_norm_quantize_triton(x, weight, eps, FORMATS[fmt], rounding)  # type: ignore[arg-type]
+
+
+@rms_norm_quantize_gpu.register_fake
+def _(
+    x: Tensor, weight: Tensor, eps: float, fmt: str, rounding: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    scale, inverse = (x.new_empty(x.shape[0], 1, dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape, dtype=torch.uint8), scale, inverse
+
+
+@torch.library.custom_op("falqon::rms_norm_grad", mutates_args=())
+def rms_norm_grad_gpu(grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> Tensor:
+    """`rms_norm_grad` by Triton."""
+    from falqon.kernels.rms_norm_quantize_triton import rms_norm_grad_triton
+
+    return rms_norm_grad_triton(grad, x, weight, inverse_rms)
+
+
+@rms_norm_grad_gpu.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 class RmsNormQuantize(nn.Module):
     """`rms_norm_quantize` and `rms_norm_grad` as a module: forward and backward of one operation.
 
@@ -68,12 +101,17 @@ class RmsNormQuantize(nn.Module):
 
     def forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `rms_norm_quantize`."""
+        if devices.uses_kernels(x) and x.shape[1] <= devices.LONGEST_ROW:
+            done = rms_norm_quantize_gpu(x, weight, self.eps, self.fmt.name, self.scale_rounding)
+            return done[0], done[1], done[2]
         return rms_norm_quantize(x, weight, self.eps, self.fmt, self.scale_rounding)
 
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor
     ) -> tuple[Tensor, None]:
         """Gradients of `x` and of the weight (none); see `rms_norm_grad`."""
+        if devices.uses_kernels(x) and x.shape[1] <= devices.LONGEST_ROW:
+            return rms_norm_grad_gpu(grad, x, weight, inverse_rms), None
         return rms_norm_grad(grad, x, weight, inverse_rms), None
 
     def extra_repr(self) -> str:

@@ -11,11 +11,9 @@ from torch import Tensor
 
 from falqon.errors import InputError
 from falqon.fp8 import Format
-from falqon.kernels.devices import has_fp8_units, on_device
+from falqon.kernels.devices import LONGEST_ROW, has_fp8_units, on_device
 from falqon.kernels.triton_fp8 import encode, magnitude_bits, round_to, scale_of, widen
 from falqon.recipe import ScaleRounding
-
-LONGEST = 32768  # values of a row that fit into the registers of 16 warps
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -83,7 +81,7 @@ def row_block(features: int) -> dict[str, Any]:
     Raises:
         InputError: if it does not fit on the chip.
     """
-    if features > LONGEST:
+    if features > LONGEST_ROW:
         raise InputError(
             f"rows of {features} values do not fit into a program; use separate norm and Quantize."
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from falqon.fp8 import E4M3, decode, encode, encode_stochastic, philox
+from falqon.kernels import devices, transposed
 from falqon.kernels.compensated import Compensation, encode_compensated
 from falqon.recipe import Rounding
 
@@ -84,7 +85,7 @@ def row_update(
         Counts over the written rows, and with `gram_inverse` the remainder as a B, float32 [k, r]
         (zero in rows that were not written).
     """
-    if codes.is_cuda and codes.dtype == torch.uint8 and compensation is None:
+    if devices.uses_kernels(codes) and codes.dtype == torch.uint8 and compensation is None:
         return _row_update_triton(
             codes, scale, rows, proxy, rounding, counter, origin, gram_inverse
         )
@@ -128,7 +129,10 @@ def _row_update_triton(
     origin: Origin | None,
     gram_inverse: Tensor | None,
 ) -> tuple[RowUpdateCounts, Tensor | None]:
-    """`row_update` by its Triton kernel, without waiting for the device."""
+    """`row_update` by its Triton kernel, without waiting for the device.
+
+    A transposed copy of the codes that is kept is written as well.
+    """
     from falqon.kernels.row_update_triton import launch_row_update
 
     counted, summed, rest = launch_row_update(
@@ -141,7 +145,10 @@ def _row_update_triton(
         None if origin is None else origin.values,
         None if origin is None else origin.total,
         gram_inverse is not None,
+        transposed.view_of(codes),
     )
+    torch.autograd.graph.increment_version(codes)  # autograd does not see what kernels write
+    transposed.written(codes)
     counts = RowUpdateCounts(*counted.unbind(), *(summed / scale.double().square()).unbind())
     if rest is None or gram_inverse is None:
         return counts, None

@@ -7,11 +7,16 @@ it is measured, see `falqon.kernels.backend`.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from falqon.kernels import backend
 from falqon.kernels.devices import has_fp8_units
+
+if TYPE_CHECKING:
+    from falqon.kernels.matmul_triton import Segment
 
 _KINDS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -22,7 +27,7 @@ def vendor_matmul(
     fmt: str,
     right: Tensor,
     right_scale: Tensor,
-    segments: list[int],
+    segments: tuple[Segment, ...],
     dtype: torch.dtype,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -35,8 +40,8 @@ def vendor_matmul(
     inverse, unit = 1.0 / left_scale, 1.0 / right_scale
     if per_row:
         lengths = torch.zeros(len(right_scale), dtype=torch.int64)
-        for number in range(0, len(segments), 4):
-            lengths[number // 8] += segments[number + 1]
+        for number, (_, rows, _, _) in enumerate(segments):
+            lengths[number // 2] += rows
         counts = lengths.to(right.device)
         unit = torch.repeat_interleave(unit, counts, output_size=right.shape[0])[None, :]
         inverse = inverse.reshape(-1, 1).expand(left.shape[0], 1).contiguous()
@@ -51,8 +56,7 @@ def vendor_matmul(
         use_fast_accum=False,
     )
     parts: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for number in range(0, len(segments), 4):
-        first, rows, _, other = segments[number : number + 4]
+    for first, rows, _, other in segments:
         parts[other].append(both[:, first : first + rows])
     out = parts[0][0] if len(parts[0]) == 1 else torch.cat(parts[0], dim=1)
     nothing = both.new_empty(both.shape[0], 0)
@@ -62,47 +66,28 @@ def vendor_matmul(
     return out if bias is None else out + bias, adapter
 
 
-@torch.library.custom_op("falqon::scaled_matmul", mutates_args=())
-def scaled_matmul_gpu(
+def scaled_matmul(
     left: Tensor,
     left_scale: Tensor,
     fmt: str,
     right: Tensor,
     right_scale: Tensor,
-    segments: list[int],
+    segments: tuple[Segment, ...],
     dtype: torch.dtype,
-    bias: Tensor | None,
-    cuts: list[int] | None,
-    rank: int,
+    bias: Tensor | None = None,
+    cuts: tuple[int, ...] | None = None,
+    rank: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """FP8 matmul on a GPU; arguments as of `falqon.kernels.matmul_triton.matmul_triton`.
-
-    Args:
-        left: uint8 [T, K].
-        left_scale: float32 [1] or [T, 1].
-        fmt: of `left`.
-        right: uint8 [rows, K]; with `cuts` [rows, columns].
-        right_scale: float32 [members].
-        segments: four numbers each, see `falqon.kernels.matmul_triton.Segment`.
-        dtype: of the results.
-        bias: for the first result, or None.
-        cuts: `right` is row-major.
-        rank: rows of A after each cut.
+    """The faster of the two; arguments as of `falqon.kernels.matmul_triton.matmul_triton`.
 
     Returns:
         Backbone and adapter results.
     """
     from falqon.kernels.matmul_triton import matmul_triton
 
-    quads = tuple(
-        (segments[i], segments[i + 1], segments[i + 2], segments[i + 3])
-        for i in range(0, len(segments), 4)
-    )
-
     def by_triton() -> tuple[Tensor, Tensor]:
-        where = None if cuts is None else tuple(cuts)
         return matmul_triton(
-            left, left_scale, fmt, right, right_scale, quads, dtype, bias, where, rank
+            left, left_scale, fmt, right, right_scale, segments, dtype, bias, cuts, rank
         )
 
     def by_vendor() -> tuple[Tensor, Tensor]:
@@ -117,51 +102,7 @@ def scaled_matmul_gpu(
     if name == "auto":
         bucket = 1 << (count - 1).bit_length()
         kind = "token" if left_scale.numel() > 1 else "tensor"
-        members = len(segments) // 4
-        key = f"{fmt} {bucket}x{depth}x{right.shape[0]} {kind} {members} {dtype}"
+        key = f"{fmt} {bucket}x{depth}x{right.shape[0]} {kind} {len(segments)} {dtype}"
         both = {"triton": by_triton, "vendor": by_vendor}
         name = backend.choices(left.device.index).get(key, both, backend.milliseconds)
     return by_vendor() if name == "vendor" else by_triton()
-
-
-@scaled_matmul_gpu.register_fake
-def _(
-    left: Tensor,
-    left_scale: Tensor,
-    fmt: str,
-    right: Tensor,
-    right_scale: Tensor,
-    segments: list[int],
-    dtype: torch.dtype,
-    bias: Tensor | None,
-    cuts: list[int] | None,
-    rank: int,
-) -> tuple[Tensor, Tensor]:
-    columns = [0, 0]
-    for i in range(0, len(segments), 4):
-        columns[segments[i + 3]] += segments[i + 1]
-    out, adapter = (left.new_empty(left.shape[0], n, dtype=dtype) for n in columns)
-    return out, adapter
-
-
-@torch.library.custom_op("falqon::transpose", mutates_args=())
-def transpose_gpu(codes: Tensor, count: int, cuts: list[int], rank: int) -> Tensor:
-    """Backbone rows of stacked codes, transposed; see `falqon.kernels.transpose_triton`.
-
-    Args:
-        codes: uint8 [rows, in].
-        count: backbone rows.
-        cuts: backbone rows after which `rank` rows of A follow, but for the last.
-        rank: r.
-
-    Returns:
-        uint8 [in, count].
-    """
-    from falqon.kernels.transpose_triton import transpose_triton
-
-    return transpose_triton(codes, count, tuple(cuts), rank)
-
-
-@transpose_gpu.register_fake
-def _(codes: Tensor, count: int, cuts: list[int], rank: int) -> Tensor:
-    return codes.new_empty(codes.shape[1], count)

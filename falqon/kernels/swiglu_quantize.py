@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from falqon.fp8 import Format, quantize
+from falqon.kernels import devices
+from falqon.kernels.quantize import FORMATS
 from falqon.recipe import ScaleRounding
 
 
@@ -43,6 +45,33 @@ def swiglu_grad(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]
     return d_gate, grad * functional.silu(gate)
 
 
+@torch.library.custom_op("falqon::swiglu_quantize", mutates_args=())
+def swiglu_quantize_gpu(gate: Tensor, up: Tensor, fmt: str, rounding: str) -> tuple[Tensor, Tensor]:
+    """`swiglu_quantize` by Triton; `fmt` is the format's name."""
+    from falqon.kernels.swiglu_quantize_triton import swiglu_quantize_triton
+
+    return swiglu_quantize_triton(gate, up, FORMATS[fmt], rounding)  # type: ignore[arg-type]
+
+
+@swiglu_quantize_gpu.register_fake
+def _(gate: Tensor, up: Tensor, fmt: str, rounding: str) -> tuple[Tensor, Tensor]:
+    scale = gate.new_empty(gate.shape[0], 1, dtype=torch.float32)
+    return gate.new_empty(gate.shape, dtype=torch.uint8), scale
+
+
+@torch.library.custom_op("falqon::swiglu_grad", mutates_args=())
+def swiglu_grad_gpu(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """`swiglu_grad` by Triton."""
+    from falqon.kernels.swiglu_quantize_triton import swiglu_grad_triton
+
+    return swiglu_grad_triton(grad, gate, up)
+
+
+@swiglu_grad_gpu.register_fake
+def _(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+
+
 class SwigluQuantize(nn.Module):
     """`swiglu_quantize` and `swiglu_grad` as a module: forward and backward of one operation.
 
@@ -58,10 +87,16 @@ class SwigluQuantize(nn.Module):
 
     def forward(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """See `swiglu_quantize`."""
+        if devices.uses_kernels(gate) and gate.shape[1] <= devices.LONGEST_ROW:
+            done = swiglu_quantize_gpu(gate, up, self.fmt.name, self.scale_rounding)
+            return done[0], done[1]
         return swiglu_quantize(gate, up, self.fmt, self.scale_rounding)
 
     def backward(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of gate and up; see `swiglu_grad`."""
+        if devices.uses_kernels(gate):
+            both = swiglu_grad_gpu(grad, gate, up)
+            return both[0], both[1]
         return swiglu_grad(grad, gate, up)
 
     def extra_repr(self) -> str:

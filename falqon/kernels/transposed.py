@@ -54,7 +54,9 @@ def kept(codes: Sequence[Tensor], counts: Sequence[int], make: Callable[[], Tens
     """
     found = [_current(c) for c in codes]
     first = found[0]
-    if first is not None and all(copy is not None and copy.buffer is first.buffer for copy in found):
+    if first is not None and all(
+        copy is not None and copy.buffer is first.buffer for copy in found
+    ):
         return first.buffer
     buffer, start = make(), 0
     for each, count in zip(codes, counts, strict=True):
@@ -70,7 +72,7 @@ def view_of(codes: Tensor) -> Tensor | None:
 
 
 def written(codes: Tensor) -> None:
-    """Codes and their copy were both written and are equal."""
+    """Codes and what `view_of` gave were written once since, and are equal."""
     copy: _Copy | None = _COPIES.get(codes)
-    if copy is not None:
+    if copy is not None and copy.version == codes._version - 1:
         _COPIES[codes] = copy._replace(version=codes._version)
