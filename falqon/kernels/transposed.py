@@ -53,11 +53,10 @@ def kept(codes: Sequence[Tensor], counts: Sequence[int], make: Callable[[], Tens
         uint8 [in, sum of out_i].
     """
     found = [_current(c) for c in codes]
-    first = found[0]
-    if first is not None and all(
-        copy is not None and copy.buffer is first.buffer for copy in found
-    ):
-        return first.buffer
+    buffer = None if found[0] is None else found[0].buffer
+    same = all(copy is not None and copy.buffer is buffer for copy in found)
+    if buffer is not None and same and buffer.shape[1] == sum(counts):
+        return buffer
     buffer, start = make(), 0
     for each, count in zip(codes, counts, strict=True):
         _COPIES[each] = _Copy(buffer, start, start + count, each._version, each.data_ptr())
