@@ -17,8 +17,6 @@ from torch import Tensor
 from falqon.kernels.devices import on_device
 from falqon.kernels.triton_fp8 import widen
 
-BLOCK_OUT = 128
-BLOCK_TOKENS = 64
 TOKENS_A_PART = 1024
 WARPS = 4
 STAGES = 3
@@ -61,6 +59,13 @@ def proxy_grad_kernel(  # type: ignore[no-untyped-def]
     tl.store(parts + line[:, None] * rank + j[None, :], sums, mask=inside)
 
 
+def tile(exact: bool) -> dict[str, int]:
+    """Output features and tokens of a tile; float32 operands take twice the registers."""
+    return (
+        {"BLOCK_OUT": 32, "BLOCK_TOKENS": 32} if exact else {"BLOCK_OUT": 128, "BLOCK_TOKENS": 64}
+    )
+
+
 def proxy_grad_triton(grad: Tensor, adapter: Tensor) -> Tensor:
     """`proxy_grad` by the kernel.
 
@@ -75,15 +80,15 @@ def proxy_grad_triton(grad: Tensor, adapter: Tensor) -> Tensor:
     grad, adapter = (x if x.stride(1) == 1 else x.contiguous() for x in (grad, adapter))
     number = max(1, triton.cdiv(count, TOKENS_A_PART))
     parts = torch.empty(number, features, rank, dtype=torch.float32, device=grad.device)
+    exact = grad.dtype == torch.float32
     blocks: dict[str, Any] = {
         "TOKENS": TOKENS_A_PART,
         "RANK": max(16, triton.next_power_of_2(rank)),
-        "BLOCK_OUT": BLOCK_OUT,
-        "BLOCK_TOKENS": BLOCK_TOKENS,
+        **tile(exact),
     }
     if parts.numel():
         with on_device(grad.device):
-            proxy_grad_kernel[(triton.cdiv(features, BLOCK_OUT), number)](
+            proxy_grad_kernel[(triton.cdiv(features, blocks["BLOCK_OUT"]), number)](
                 grad,
                 adapter,
                 parts,
@@ -92,7 +97,7 @@ def proxy_grad_triton(grad: Tensor, adapter: Tensor) -> Tensor:
                 rank,
                 grad.stride(0),
                 adapter.stride(0),
-                EXACT=grad.dtype == torch.float32,
+                EXACT=exact,
                 **blocks,
                 num_warps=WARPS,
                 num_stages=STAGES,
