@@ -24,9 +24,9 @@ from benchmarks.kernel_costs import COSTS, Layer, shape_of
 from falqon.fp8 import E4M3, E5M2, Format, amax_of, compute_scale, decode, quantize
 from falqon.kernels import Quantize, backbone_matmul, melded_matmul, proxy_grad, row_update
 from falqon.kernels.row_update import LARGEST
-from falqon.recipe import Granularity
+from falqon.recipe import Granularity, ScaleRounding
 
-ROUNDING = "power_of_two"
+ROUNDING: ScaleRounding = "power_of_two"
 EPSILON = 1e-5
 
 
