@@ -280,7 +280,8 @@ def test_peaks_are_those_of_the_very_device(monkeypatch: pytest.MonkeyPatch) -> 
         ("NVIDIA H100 80GB HBM3", DEVICES["H100 SXM"]),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
-        assert kernels.find_device("auto") == (torch.device("cuda", 0), name, peaks)
+        place = kernels.Place(torch.device("cuda", 0), name, peaks, gpu=True)
+        assert kernels.find_device("auto") == place
 
 
 def test_gpu_side_in_the_interpreter() -> None:
