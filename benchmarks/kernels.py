@@ -218,10 +218,10 @@ def load() -> str:
     running = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if running < 0.5:
         return ""
-    return (
-        f".\nOther work is running (load {running:.1f} on {cores} cores). What uses several "
-        "threads then\nwaits for the slowest; OMP_NUM_THREADS=1 gives steadier ratios"
-    )
+    advice = ""
+    if torch.get_num_threads() > 1:
+        advice = "; threads then wait\nfor the slowest, OMP_NUM_THREADS=1 gives steadier ratios"
+    return f".\nOther work is running (load {running:.1f} on {cores} cores){advice}"
 
 
 def parser() -> argparse.ArgumentParser:
