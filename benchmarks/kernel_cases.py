@@ -102,7 +102,9 @@ class Site:
 
 
 def _dequantized(result: Any) -> Tensor:
-    return decode(result[0], E4M3) / result[1]
+    codes, scale = result[:2]
+    values: Tensor = decode(codes, E4M3) / scale
+    return values
 
 
 def _values(codes: Tensor, fmt: Format) -> Tensor:

@@ -178,8 +178,25 @@ def parse_shapes(args: argparse.Namespace, default: str) -> list[Layer]:
     return layers
 
 
-def find_device(wanted: str) -> tuple[torch.device, str, Device | None]:
-    """The device to measure on, its name, and its peaks if they are known.
+@dataclass(frozen=True)
+class Place:
+    """Where things are measured.
+
+    Attributes:
+        device: of the tensors.
+        name: for people.
+        peaks: None if they are not known.
+        gpu: Triton's kernels are what is measured.
+    """
+
+    device: torch.device
+    name: str
+    peaks: Device | None = None
+    gpu: bool = False
+
+
+def find_device(wanted: str) -> Place:
+    """The device to measure on.
 
     Raises:
         InputError: if it is not there, or too old.
@@ -188,11 +205,11 @@ def find_device(wanted: str) -> tuple[torch.device, str, Device | None]:
     if wanted == "cuda" and not there:
         raise InputError("--device is cuda, but torch finds no CUDA device here.")
     if wanted == "cpu" or not there:
-        return torch.device("cpu"), examine()["cpu"]["name"], None
+        return Place(torch.device("cpu"), examine()["cpu"]["name"])
     device = torch.device("cuda", torch.cuda.current_device())
     devices.check(device)
     name = torch.cuda.get_device_name(device)
-    return device, name, DEVICES.get(DRIVER_NAMES.get(name, ""))
+    return Place(device, name, DEVICES.get(DRIVER_NAMES.get(name, "")), gpu=True)
 
 
 def load() -> str:
@@ -201,10 +218,10 @@ def load() -> str:
     running = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if running < 0.5:
         return ""
-    return (
-        f".\nOther work is running (load {running:.1f} on {cores} cores). What uses several "
-        "threads then\nwaits for the slowest; OMP_NUM_THREADS=1 gives steadier ratios"
-    )
+    advice = ""
+    if torch.get_num_threads() > 1:
+        advice = "; threads then wait\nfor the slowest, OMP_NUM_THREADS=1 gives steadier ratios"
+    return f".\nOther work is running (load {running:.1f} on {cores} cores){advice}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -243,27 +260,26 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--repeats is {args.repeats}; it must be at least 1.")
     if args.csv and not args.csv.parent.is_dir():
         raise InputError(f"--csv: there is no directory {args.csv.parent}.")
-    device, name, peaks = find_device(args.device)
-    gpu = device.type == "cuda"
-    todo = cases(parse_shapes(args, "7b" if gpu else "smollm"), args.only)
-    modelled = [] if torch.cuda.is_available() else cases(parse_shapes(args, "7b"), args.only)
-    timer = on_gpu if gpu else interleaved(args.repeats)
-    busy = load()  # before we add to it
-    results = list(measure(todo, device, gpu, timer, not args.no_compile))
-    how = "triton.testing.do_bench" if gpu else f"{args.repeats} interleaved calls of each"
-    how += "" if gpu else busy
+    place = find_device(args.device)
+    todo = cases(parse_shapes(args, "7b" if place.gpu else "smollm"), args.only)
+    modelled = [] if place.gpu else cases(parse_shapes(args, "7b"), args.only)
+    how = f"{args.repeats} interleaved calls of each{load()}"
+    timer = interleaved(args.repeats)
+    if place.gpu:
+        timer, how = on_gpu, "triton.testing.do_bench"
+    results = list(measure(todo, place.device, place.gpu, timer, not args.no_compile))
     software = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
     print(
-        f"Measured on {name}, {software}; {how}.\n"
+        f"Measured on {place.name}, {software}; {how}.\n"
         "Median, 20th and 80th percentile of ours; alternatives as multiples of our median (above\n"
         "1: ours is the faster), '-': not timed, see below the table.\n"
     )
-    print(measured_table(results, peaks))
+    print(measured_table(results, place.peaks))
     if modelled:
         print(f"\n{MODEL}\nMicroseconds, m: set by memory traffic, c: by arithmetic.\n")
         print(roofline_table(modelled))
     if args.csv:
-        write_csv(args.csv, csv_rows(results, modelled, name, peaks))
+        write_csv(args.csv, csv_rows(results, modelled, place.name, place.peaks))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -244,6 +244,17 @@ def test_a_gpu_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) 
     assert "--device is cuda, but torch finds no CUDA device" in capsys.readouterr().err
 
 
+def test_other_work_on_the_cpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(kernels.os, "getloadavg", lambda: (0.1, 9.0, 9.0))
+    assert kernels.load() == ""
+    monkeypatch.setattr(kernels.os, "getloadavg", lambda: (3.0, 0.0, 0.0))
+    for threads, advised in ((1, False), (2, True)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert "load 3.0 on 2 cores" in kernels.load()
+        assert ("OMP_NUM_THREADS=1" in kernels.load()) == advised
+
+
 def test_models_have_their_layers_once() -> None:
     layers = kernels.MODELS["7b"].layers(8432, 64, 10)
     shapes = [(c.name, c.shape) for c in cases(layers)]
@@ -280,7 +291,8 @@ def test_peaks_are_those_of_the_very_device(monkeypatch: pytest.MonkeyPatch) -> 
         ("NVIDIA H100 80GB HBM3", DEVICES["H100 SXM"]),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
-        assert kernels.find_device("auto") == (torch.device("cuda", 0), name, peaks)
+        place = kernels.Place(torch.device("cuda", 0), name, peaks, gpu=True)
+        assert kernels.find_device("auto") == place
 
 
 def test_gpu_side_in_the_interpreter() -> None:

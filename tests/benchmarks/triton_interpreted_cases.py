@@ -5,11 +5,15 @@ Run by test_kernels_benchmark.py in a process of its own.
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
+import triton.testing
 
+from benchmarks import kernels
 from benchmarks.devices import DEVICES
 from benchmarks.kernel_cases import Case, Site, cases
 from benchmarks.kernel_checks import Run, WrongResultError
@@ -50,6 +54,36 @@ def test_case(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert line.split("  ")[0] == name
     assert " 50%" in line
     assert line.count("1.50x") == len(OTHERS[name])
+
+
+def test_whole_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def do_bench(run: Run, quantiles: tuple[float, ...]) -> list[float]:
+        run()
+        return [0.001 * (1 + q) for q in quantiles]
+
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    place = kernels.Place(CPU, "NVIDIA B200", DEVICES["B200"], gpu=True)
+    monkeypatch.setattr(kernels, "find_device", lambda _: place)
+    path = tmp_path / "kernels.csv"
+    given = ["--shapes", "32,48,64", "--rank", "16", "--rows", "5", "--no-compile"]
+    only = ["--only", *(name for name in COSTS if name != "proxy_grad")]
+    assert kernels.main([*given, *only, "--csv", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("Measured on NVIDIA B200, ")
+    assert "triton.testing.do_bench" in shown
+    assert kernels.MODEL not in shown and "GPU only" not in shown
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["kind"] for row in rows} == {"measured"}
+    for row in rows:
+        times = [float(row[key]) for key in ("p20_us", "median_us", "p80_us")]
+        assert times == [1.2, 1.5, 1.8]
+        assert float(row["ratio"]) == 1
+        if row["implementation"] == "ours":
+            floor = 1e6 * floor_seconds(COSTS[row["operation"]](LAYER), DEVICES["B200"])
+            assert float(row["of_roofline"]) == pytest.approx(floor / 1.5, abs=1e-4)
 
 
 def test_no_operation_is_left_out() -> None:
