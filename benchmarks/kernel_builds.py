@@ -65,7 +65,7 @@ class Build:
     signature: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
-    unaligned: tuple[str, ...] = ("count", "step", "layer", "seed", "number", "bucket")
+    unaligned: tuple[str, ...] = ("count", "step", "seed", "number", "bucket")
     multiplies: str = ""
     wide: bool = False
 
@@ -369,11 +369,10 @@ def _others(arch: int) -> Iterator[Build]:
                 "origin": ("*fp32", "*u8", "*bf16")[origin],
                 "remainder": "*fp32",
                 "turned": "*u8",
+                "blocks": "*i32",
                 "counted": "*i64",
                 "summed": "*fp32",
-                **dict.fromkeys(
-                    ("count", "out", "features", "rank", "turned_stride", "step", "layer"), "i32"
-                ),
+                **dict.fromkeys(("features", "rank", "turned_stride", "step"), "i32"),
                 "limit": "fp32",
                 "seed": "i64",
             },

@@ -363,9 +363,11 @@ def _row_update(site: Site, everything: bool) -> Setup:
     def ours(mine: Tensor, by: Tensor) -> Any:
         if not site.gpu:
             return row_update(mine, scale, rows, by)
-        from falqon.kernels.row_update_triton import launch_row_update
+        from falqon.kernels.row_update import RowWrite
+        from falqon.kernels.row_update_triton import launch_row_updates
 
-        return launch_row_update(mine, scale, rows, by, LARGEST, None, None, None, False)
+        write = RowWrite(mine, scale, rows, by)
+        return launch_row_updates([write], LARGEST, None, [None])
 
     def plain(mine: Tensor, by: Tensor) -> None:
         plain_row_update(mine, rows, by)

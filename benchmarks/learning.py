@@ -110,6 +110,8 @@ class Study:
         self.args = args
         make = {"alpaca": AlpacaDataModule, "oasst1": OASST1DataModule}[args.format]
         options = {"val_path": args.val} if args.val else {}
+        if args.format == "oasst1":
+            options["threads"] = args.threads
         data = make(
             train_path=args.data,
             tokenizer_name=args.model,
@@ -302,7 +304,8 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Run what is not in `runs.csv` yet; returns a summary row a method."""
     methods = [parse_method(m, tuple(args.rates), tuple(args.lora_rates)) for m in args.methods]
     args.output.mkdir(parents=True, exist_ok=True)
-    settings = {k: str(v) for k, v in sorted(vars(args).items()) if k in _FIXED}
+    fixed = _FIXED + (("threads",) if args.format == "oasst1" else ())
+    settings = {k: str(v) for k, v in sorted(vars(args).items()) if k in fixed}
     record = args.output / "settings.json"
     if record.is_file() and json.loads(record.read_text()) != settings:
         raise InputError(f"{record} is of a study with other settings; give another --output.")
@@ -404,6 +407,9 @@ def main(argv: list[str] | None = None) -> int:
         "--val", help="validation file; without one a tenth of the data is held out"
     )
     parser.add_argument("--format", choices=("alpaca", "oasst1"), default="alpaca")
+    parser.add_argument(
+        "--threads", choices=("best", "all"), default="all", help="of a message tree, for oasst1"
+    )
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--lora-alpha", type=float, default=16.0, help="of the LoRA baseline")
     parser.add_argument("--steps", type=int, default=150)

@@ -5,15 +5,23 @@ What the presets differ in is in `falqon.recipe.UpdateRecipe`, what they mean in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from falqon.errors import InputError
-from falqon.kernels import Compensation, Origin, RowUpdate, RowUpdateCounts, compensation
+from falqon.kernels import (
+    Compensation,
+    Origin,
+    RowUpdate,
+    RowUpdateCounts,
+    RowWrite,
+    compensation,
+)
+from falqon.kernels.operands import are_consecutive
 from falqon.kernels.row_update import LARGEST
 from falqon.linear import MeldedLinear
 from falqon.moments import InputMoments
@@ -45,6 +53,21 @@ class UpdateStatistics:
     saturated_share: float
     pending_norm: float
     staleness: float
+
+
+class _Write(NamedTuple):
+    """A layer's rows on their way into its codes.
+
+    Attributes:
+        layer, state: what they are of.
+        held: bool [k], rows with something to write.
+        write: for the kernel.
+    """
+
+    layer: MeldedLinear
+    state: RowState
+    held: Tensor
+    write: RowWrite
 
 
 class ProxyUpdate:
@@ -111,23 +134,29 @@ class ProxyUpdate:
         """
         self._check()
         self._is_closed = False
-        counts: list[RowUpdateCounts] = []
+        clears = self.recipe.unselected == "clear"
+        project = self.recipe.written == "project"
         lost: list[Tensor] = []
         written: list[int] = []
-        for index, (name, layer) in enumerate(self.layers.items()):
-            if only is not None and id(layer.B) not in only:
-                continue
-            state = self.states[name]
-            state.steps += 1
-            if state.steps % self.recipe.every:
-                continue
-            state.follow()
-            _drop_diverged(layer)
-            rows, change = self._select(layer, state)
-            counts.append(self._write(layer, state, rows, change, number, index))
-            written.append(index)
-            if self.recipe.unselected == "clear":
-                lost.append(self._clear(layer, state, rows))
+
+        def writes() -> Iterator[_Write]:
+            for index, (name, layer) in enumerate(self.layers.items()):
+                if only is not None and id(layer.B) not in only:
+                    continue
+                state = self.states[name]
+                state.steps += 1
+                if state.steps % self.recipe.every:
+                    continue
+                state.follow()
+                _drop_diverged(layer)
+                rows, change = self._select(layer, state)
+                write = self._prepare(layer, state, rows, change, index, project)
+                if clears:  # what is written was copied, and leaves B afterwards
+                    lost.append(self._clear(layer, state, rows))
+                written.append(index)
+                yield write
+
+        counts = self._write(writes(), number)
         self._collect(counts, lost, written)
 
     @torch.inference_mode(False)
@@ -154,27 +183,25 @@ class ProxyUpdate:
         counts: list[RowUpdateCounts] = []
         for group in self._groups() if compensated else [list(self.layers)]:
             moments = self._measure(group, calibrate) if compensated else None
-            prepared: dict[str, Compensation] = {}
-            for name in group:
-                layer, state = self.layers[name], self.states[name]
-                state.follow()
-                if moments is not None and moments.owner(name) not in prepared:
-                    prepared = {moments.owner(name): compensation(moments.moment(name))}
-                counts.append(
-                    self._write(
-                        layer,
-                        state,
-                        None,
-                        layer.pending(),
-                        number,
-                        len(counts),
-                        True,
-                        prepared[moments.owner(name)] if moments is not None else None,
-                    )
-                )
-            del moments, prepared  # before the next group's are made
+            counts += self._write(self._flush_writes(group, len(counts), moments), number)
+            del moments  # before the next group's are made
         self._is_closed = True
         self._collect(counts, [], list(range(len(counts))))
+
+    def _flush_writes(
+        self, group: list[str], first: int, moments: InputMoments | None
+    ) -> Iterator[_Write]:
+        prepared: dict[str, Compensation] = {}
+        for index, name in enumerate(group, first):
+            layer, state = self.layers[name], self.states[name]
+            state.follow()
+            given = None
+            if moments is not None:
+                owner = moments.owner(name)
+                if owner not in prepared:
+                    prepared = {owner: compensation(moments.moment(name))}
+                given = prepared[owner]
+            yield self._prepare(layer, state, None, layer.pending(), index, False, given)
 
     def _groups(self) -> Iterator[list[str]]:
         """Layers in their order, by how many second moments may be in memory at once."""
@@ -258,29 +285,21 @@ class ProxyUpdate:
             return state.squares(pending)
         return state.expected_flips(pending)
 
-    def _write(
+    def _prepare(
         self,
         layer: MeldedLinear,
         state: RowState,
         rows: Tensor | None,
         change: Tensor,
-        number: int,
         index: int,
-        last: bool = False,
+        project: bool,
         compensation: Compensation | None = None,
-    ) -> RowUpdateCounts:
-        """Write rows (None: all); those whose change is zero stay as they are, in B as well.
-
-        With a compensation their codes are written too.
-        """
-        if rows is None:
-            where: Tensor | slice = slice(None)
-            on_host = where
-        else:
-            where, on_host = rows, rows.cpu()
+    ) -> _Write:
+        """What to write (rows None: all), with the sum of changes updated where there is one."""
         held = (change != 0).any(dim=1)  # NaN counts as a change: it must leave B
         origin = None
         if state.original is not None and state.applied is not None:
+            on_host = slice(None) if rows is None else rows.cpu()
             # What would overflow in B A is not written, and must not stay in the sum for good.
             usable = (change.abs().sum(dim=1, keepdim=True) < LARGEST).expand_as(change)
             change = torch.where(usable, change, torch.nan)
@@ -288,22 +307,39 @@ class ProxyUpdate:
             state.applied[on_host] = total
             device = change.device
             origin = Origin(state.original[on_host].to(device), total.to(device))
-        project = self.recipe.written == "project" and not last
-        counts, kept = self.row_update(
-            layer.codes,
-            layer.scale,
-            rows,
-            change,
-            (self.recipe.seed, number, index),
-            origin,
-            state.gram_inverse if project else None,
-            compensation,
+        inverse = state.gram_inverse if project else None
+        write = RowWrite(
+            layer.codes, layer.scale, rows, change, index, origin, inverse, compensation
         )
-        left = torch.zeros_like(change) if kept is None else kept / layer.lora_scaling
-        layer.B[where] = torch.where(held[:, None], left, layer.B[where])
-        state.last_written[where] = torch.where(held, state.steps - 1, state.last_written[where])
-        state.wrote(rows)
-        return counts
+        return _Write(layer, state, held, write)
+
+    def _write(self, writes: Iterable[_Write], number: int) -> list[RowUpdateCounts]:
+        """Write rows; those whose change is zero stay as they are, in B as well.
+
+        With a compensation their codes are written too. Layers of a group, whose codes lie one
+        behind the other, are written together; no others, so that no more of their originals than
+        that are on the device.
+        """
+        counts: list[RowUpdateCounts] = []
+        batch: list[_Write] = []
+        for write in writes:
+            if batch and not are_consecutive([batch[-1].layer.codes, write.layer.codes]):
+                counts += self._write_batch(batch, number)
+                batch = []
+            batch.append(write)
+        return counts + self._write_batch(batch, number)
+
+    def _write_batch(self, batch: list[_Write], number: int) -> list[RowUpdateCounts]:
+        results = self.row_update([w.write for w in batch], self.recipe.seed, number)
+        for (layer, state, held, write), (_, kept) in zip(batch, results, strict=True):
+            where = slice(None) if write.rows is None else write.rows
+            left = torch.zeros_like(write.proxy) if kept is None else kept / layer.lora_scaling
+            layer.B[where] = torch.where(held[:, None], left, layer.B[where])
+            state.last_written[where] = torch.where(
+                held, state.steps - 1, state.last_written[where]
+            )
+            state.wrote(write.rows)
+        return [counts for counts, _ in results]
 
     def _collect(
         self, counts: list[RowUpdateCounts], lost: list[Tensor], written: list[int]

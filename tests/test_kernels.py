@@ -14,6 +14,7 @@ from falqon.kernels import (
     PassThrough,
     Quantize,
     RowUpdate,
+    RowWrite,
     backbone_matmul,
     melded_matmul,
     proxy_grad,
@@ -338,7 +339,7 @@ def test_row_update_module_takes_its_rounding() -> None:
     rows, proxy = torch.arange(OUT), 0.05 * random(OUT, RANK, seed=5)
     for rounding in ("nearest", "stochastic"):
         by_module, by_function = start.clone(), start.clone()
-        RowUpdate(rounding)(by_module, scale, rows, proxy, (1, 2, 3))
+        RowUpdate(rounding)([RowWrite(by_module, scale, rows, proxy, 3)], 1, 2)
         row_update(by_function, scale, rows, proxy, rounding, (1, 2, 3))
         assert torch.equal(by_module, by_function)
 

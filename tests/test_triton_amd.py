@@ -1,4 +1,4 @@
-"""Triton kernels compiled for AMD GPUs, with FP8 matrix units and with those of another encoding."""
+"""Triton kernels compiled for AMD GPUs, with FP8 matrix units and with those of other codes."""
 
 from __future__ import annotations
 

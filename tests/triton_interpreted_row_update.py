@@ -14,8 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from falqon.fp8 import E4M3, decode, encode, encode_stochastic
-from falqon.kernels.row_update import LARGEST, Origin, row_update
-from falqon.kernels.row_update_triton import launch_row_update
+from falqon.kernels import devices
+from falqon.kernels import row_update_triton as triton_module
+from falqon.kernels.row_update import LARGEST, Origin, RowWrite, row_update, row_updates
+from falqon.kernels.row_update_triton import launch_row_updates
 from falqon.kernels.triton_fp8 import decode_e4m3, encode_e4m3, encode_e4m3_stochastic
 from tests.policies import random
 
@@ -139,18 +141,11 @@ def test_row_update(
     wide = torch.zeros(codes.shape[1], out + 3, dtype=torch.uint8)  # as of a group
     transposed = wide[:, 2 : out + 2]
     transposed.copy_(codes[:out].t())
-    counted, summed, rest = launch_row_update(
-        codes,
-        given["scale"],
-        rows,
-        change,
-        LARGEST,
-        counter,
-        None if origin is None else origin.values,
-        None if origin is None else origin.total,
-        True,
-        transposed,
-    )
+    seed, step, layer = counter or (0, 0, 0)
+    write = RowWrite(codes, given["scale"], rows, change, layer, origin, gram_inverse)
+    counted, summed, rest = launch_row_updates(
+        [write], LARGEST, None if counter is None else (seed, step), [transposed]
+    )[0]
     assert torch.equal(codes, expected)
     assert torch.equal(transposed, codes[:out].t())
     assert not wide[:, :2].any() and not wide[:, -1].any()
@@ -163,12 +158,59 @@ def test_row_update(
     torch.testing.assert_close(rest @ adapter.t(), kept, rtol=1e-5, atol=1e-2)
 
 
+@pytest.mark.parametrize("kind", ORIGINS)
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("some", [False, True])
+def test_a_group_is_written_in_one_launch(
+    kind: str, stochastic: bool, some: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outs, features, rank = (40, 16, 21), 70, 5
+    cases = [case(out, features, rank, out, kind) for out in outs]
+    parts = [len(each["codes"]) for each in cases]
+    launches: list[Any] = []
+
+    def launch(*arguments: Any) -> Any:
+        launches.append(arguments)
+        return launch_row_updates(*arguments)
+
+    monkeypatch.setattr(triton_module, "launch_row_updates", launch)
+    both = []
+    for together in (False, True):
+        stack = torch.cat([each["codes"] for each in cases])
+        writes = []
+        for number, (each, codes) in enumerate(zip(cases, stack.split(parts), strict=True)):
+            rows, change, origin = each["rows"], each["proxy"], each["origin"]
+            if not some:
+                rows = None
+            elif number != 1:  # numbers of rows that blocks do not divide, and none at all
+                keep = 19 if number == 0 else 0
+                rows, change = rows[:keep], change[:keep]
+                if origin is not None:
+                    origin = Origin(origin.values[:keep], origin.total[:keep])
+            scale = each["scale"] * 2.0**number
+            inverse = torch.eye(rank)
+            writes.append(RowWrite(codes, scale, rows, change, 7 + number, origin, inverse))
+        monkeypatch.setattr(devices, "uses_kernels", lambda _, together=together: together)
+        launches.clear()
+        rounding: Any = "stochastic" if stochastic else "nearest"
+        results = row_updates(writes, rounding, seed=3, step=2)
+        assert len(launches) == together
+        both.append((stack, results))
+    (expected, reference), (ours, results) = both
+    assert torch.equal(ours, expected)
+    for (counts, kept), (mine, rest) in zip(reference, results, strict=True):
+        assert [int(x) for x in mine[:4]] == [int(x) for x in counts[:4]]
+        for a, b in zip(mine[4:], counts[4:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-3)
+        assert kept is not None and rest is not None
+        torch.testing.assert_close(rest, kept, rtol=1e-5, atol=1e-2)
+
+
 def test_row_update_of_no_rows() -> None:
     given = case(8, 20, 4, 8, "none")
     before = given["codes"].clone()
     none = torch.zeros(0, dtype=torch.int64)
-    counted, summed, rest = launch_row_update(
-        given["codes"], given["scale"], none, torch.zeros(0, 4), LARGEST, None, None, None, False
-    )
+    write = RowWrite(given["codes"], given["scale"], none, torch.zeros(0, 4))
+    counted, summed, rest = launch_row_updates([write], LARGEST, None, [None])[0]
     assert not counted.any() and not summed.any() and rest is None
     assert torch.equal(given["codes"], before)

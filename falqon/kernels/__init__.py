@@ -11,7 +11,14 @@ from falqon.kernels.pending import Pending, add_pending, add_pending_grad
 from falqon.kernels.proxy_grad import ProxyGrad, proxy_grad
 from falqon.kernels.quantize import PassThrough, Quantize
 from falqon.kernels.rms_norm_quantize import RmsNormQuantize, rms_norm_grad, rms_norm_quantize
-from falqon.kernels.row_update import Origin, RowUpdate, RowUpdateCounts, row_update
+from falqon.kernels.row_update import (
+    Origin,
+    RowUpdate,
+    RowUpdateCounts,
+    RowWrite,
+    row_update,
+    row_updates,
+)
 from falqon.kernels.swiglu_quantize import SwigluQuantize, swiglu_grad, swiglu_quantize
 
 __all__ = [
@@ -26,6 +33,7 @@ __all__ = [
     "RmsNormQuantize",
     "RowUpdate",
     "RowUpdateCounts",
+    "RowWrite",
     "SwigluQuantize",
     "add_pending",
     "add_pending_grad",
@@ -38,6 +46,7 @@ __all__ = [
     "rms_norm_grad",
     "rms_norm_quantize",
     "row_update",
+    "row_updates",
     "swiglu_grad",
     "swiglu_quantize",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from falqon.fp8 import E4M3, decode, encode, encode_stochastic, philox
 from falqon.kernels import devices, transposed
 from falqon.kernels.compensated import Compensation, encode_compensated
+from falqon.kernels.operands import are_consecutive
 from falqon.recipe import Rounding
 
 LARGEST = 1e30
@@ -49,6 +51,67 @@ class Origin(NamedTuple):
     total: Tensor
 
 
+class RowWrite(NamedTuple):
+    """Rows of one layer to write; see `row_update`.
+
+    Attributes:
+        codes, scale, rows, proxy: as there.
+        layer: its number in the model, a counter of stochastic rounding.
+        origin, gram_inverse, compensation: as there.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    rows: Tensor | None
+    proxy: Tensor
+    layer: int = 0
+    origin: Origin | None = None
+    gram_inverse: Tensor | None = None
+    compensation: Compensation | None = None
+
+
+def row_updates(
+    writes: Sequence[RowWrite], rounding: Rounding = "nearest", seed: int = 0, step: int = 0
+) -> list[tuple[RowUpdateCounts, Tensor | None]]:
+    """`row_update` of several layers; on a GPU one launch for each group that is tied.
+
+    Args:
+        writes: layers and rows.
+        rounding: `nearest` or `stochastic`.
+        seed, step: counters of the stochastic rounding, beside the layer's number.
+
+    Returns:
+        What `row_update` returns, for each of them.
+    """
+    results = []
+    for batch in _launches(writes):
+        first = batch[0]
+        compensated = any(write.compensation is not None for write in batch)
+        if (
+            devices.uses_kernels(first.codes)
+            and not compensated
+            and first.codes.dtype == torch.uint8
+        ):
+            results += _row_updates_triton(batch, rounding, seed, step)
+            continue
+        for w in batch:
+            counter = (seed, step, w.layer)
+            results.append(
+                row_update(
+                    w.codes,
+                    w.scale,
+                    w.rows,
+                    w.proxy,
+                    rounding,
+                    counter,
+                    w.origin,
+                    w.gram_inverse,
+                    w.compensation,
+                )
+            )
+    return results
+
+
 def row_update(
     codes: Tensor,
     scale: Tensor,
@@ -86,9 +149,9 @@ def row_update(
         (zero in rows that were not written).
     """
     if devices.uses_kernels(codes) and codes.dtype == torch.uint8 and compensation is None:
-        return _row_update_triton(
-            codes, scale, rows, proxy, rounding, counter, origin, gram_inverse
-        )
+        seed, step, layer = counter
+        write = RowWrite(codes, scale, rows, proxy, layer, origin, gram_inverse)
+        return _row_updates_triton([write], rounding, seed, step)[0]
     size = proxy.abs().sum(dim=1)  # NaN and infinity fail the comparison
     keep = size < LARGEST
     if compensation is None:
@@ -119,41 +182,54 @@ def row_update(
     return counts, remainder
 
 
-def _row_update_triton(
-    codes: Tensor,
-    scale: Tensor,
-    rows: Tensor | None,
-    proxy: Tensor,
-    rounding: Rounding,
-    counter: tuple[int, int, int],
-    origin: Origin | None,
-    gram_inverse: Tensor | None,
-) -> tuple[RowUpdateCounts, Tensor | None]:
-    """`row_update` by its Triton kernel, without waiting for the device.
+def _row_updates_triton(
+    writes: Sequence[RowWrite], rounding: Rounding, seed: int, step: int
+) -> list[tuple[RowUpdateCounts, Tensor | None]]:
+    """`row_updates` of consecutive layers by one Triton kernel, without waiting for the device.
 
-    A transposed copy of the codes that is kept is written as well.
+    Transposed copies of the codes that are kept are written as well.
     """
-    from falqon.kernels.row_update_triton import launch_row_update
+    from falqon.kernels.row_update_triton import launch_row_updates
 
-    counted, summed, rest = launch_row_update(
-        codes,
-        scale,
-        rows,
-        proxy,
-        LARGEST,
-        counter if rounding == "stochastic" else None,
-        None if origin is None else origin.values,
-        None if origin is None else origin.total,
-        gram_inverse is not None,
-        transposed.view_of(codes),
-    )
-    torch.autograd.graph.increment_version(codes)  # autograd does not see what kernels write
-    transposed.written(codes)
-    counts = RowUpdateCounts(*counted.unbind(), *(summed / scale.double().square()).unbind())
-    if rest is None or gram_inverse is None:
-        return counts, None
-    adapter = _values(codes[codes.shape[0] - len(gram_inverse) :])
-    return counts, (rest @ adapter.t()) @ gram_inverse
+    copies = [transposed.view_of(write.codes) for write in writes]
+    if any(copy is None for copy in copies):
+        copies = [None] * len(writes)
+    counter = (seed, step) if rounding == "stochastic" else None
+    results = []
+    for write, done in zip(
+        writes, launch_row_updates(writes, LARGEST, counter, copies), strict=True
+    ):
+        torch.autograd.graph.increment_version(write.codes)  # autograd does not see kernels write
+        if copies[0] is not None:
+            transposed.written(write.codes)
+        sums = done.summed / write.scale.double().square()
+        kept = None
+        if done.rest is not None and write.gram_inverse is not None:
+            adapter = _values(write.codes[len(write.codes) - len(write.gram_inverse) :])
+            kept = (done.rest @ adapter.t()) @ write.gram_inverse
+        results.append((RowUpdateCounts(*done.counted.unbind(), *sums.unbind()), kept))
+    return results
+
+
+def _kind(write: RowWrite) -> tuple[object, ...]:
+    """What one launch needs its layers to have in common."""
+    origin = None if write.origin is None else write.origin.values.dtype
+    return write.rows is None, origin, write.gram_inverse is None, write.proxy.shape[1]
+
+
+def _launches(writes: Sequence[RowWrite]) -> Iterator[list[RowWrite]]:
+    """Layers in their order, those that one launch can write together."""
+    batch: list[RowWrite] = []
+    for write in writes:
+        together = batch and _kind(batch[-1]) == _kind(write)
+        if together and are_consecutive([batch[-1].codes, write.codes]):
+            batch.append(write)
+            continue
+        if batch:
+            yield batch
+        batch = [write]
+    if batch:
+        yield batch
 
 
 def _targets(
@@ -244,7 +320,7 @@ def _rows_of(matrix: Tensor, rows: Tensor | None) -> Tensor:
 
 
 class RowUpdate(nn.Module):
-    """`row_update` as a module.
+    """`row_updates` as a module.
 
     Args:
         rounding: `nearest` or `stochastic`.
@@ -255,28 +331,10 @@ class RowUpdate(nn.Module):
         self.rounding: Rounding = rounding
 
     def forward(
-        self,
-        codes: Tensor,
-        scale: Tensor,
-        rows: Tensor | None,
-        proxy: Tensor,
-        counter: tuple[int, int, int] = (0, 0, 0),
-        origin: Origin | None = None,
-        gram_inverse: Tensor | None = None,
-        compensation: Compensation | None = None,
-    ) -> tuple[RowUpdateCounts, Tensor | None]:
-        """See `row_update`."""
-        return row_update(
-            codes,
-            scale,
-            rows,
-            proxy,
-            self.rounding,
-            counter,
-            origin,
-            gram_inverse,
-            compensation,
-        )
+        self, writes: Sequence[RowWrite], seed: int = 0, step: int = 0
+    ) -> list[tuple[RowUpdateCounts, Tensor | None]]:
+        """See `row_updates`."""
+        return row_updates(writes, self.rounding, seed, step)
 
     def extra_repr(self) -> str:
         """What `repr` shows in the brackets."""
