@@ -22,7 +22,15 @@ from torch.nn import functional
 from benchmarks.kernel_checks import Run, Setup
 from benchmarks.kernel_costs import COSTS, Layer, shape_of
 from falqon.fp8 import E4M3, E5M2, Format, amax_of, compute_scale, decode, quantize
-from falqon.kernels import Quantize, backbone_matmul, melded_matmul, proxy_grad, row_update
+from falqon.kernels import (
+    Quantize,
+    backbone_matmul,
+    melded_matmul,
+    proxy_grad,
+    rms_norm_quantize,
+    row_update,
+    swiglu_quantize,
+)
 from falqon.kernels.row_update import LARGEST
 from falqon.recipe import Granularity, ScaleRounding
 
@@ -174,7 +182,7 @@ def _norm(x: Tensor, weight: Tensor) -> Tensor:
 def _rms_norm(site: Site) -> Setup:
     x = site.values(site.layer.tokens, site.layer.n_in)
     weight = (1 + site.random(site.layer.n_in, seed=1) / 4).to(x.dtype)
-    fused: Run | None = None
+    fused: Run = partial(rms_norm_quantize, x, weight, EPSILON, E4M3, ROUNDING)
     if site.gpu:
         from falqon.kernels.rms_norm_quantize_triton import rms_norm_quantize_triton
 
@@ -189,7 +197,7 @@ def _activate(gate: Tensor, up: Tensor) -> Tensor:
 def _swiglu(site: Site) -> Setup:
     x = site.layer
     gate, up = (site.values(x.tokens, x.n_in, seed=seed) for seed in (0, 1))
-    fused: Run | None = None
+    fused: Run = partial(swiglu_quantize, gate, up, E4M3, ROUNDING)
     if site.gpu:
         from falqon.kernels.swiglu_quantize_triton import swiglu_quantize_triton
 
@@ -198,9 +206,9 @@ def _swiglu(site: Site) -> Setup:
 
 
 def _producer(
-    site: Site, produce: Callable[..., Tensor], inputs: tuple[Tensor, ...], fused: Run | None
+    site: Site, produce: Callable[..., Tensor], inputs: tuple[Tensor, ...], fused: Run
 ) -> Setup:
-    """What makes a layer's input, quantised: fused, or on a CPU one after the other."""
+    """What makes a layer's input, quantised in the same operation."""
 
     def sequence(*given: Tensor) -> tuple[Tensor, Tensor]:
         return quantize(produce(*given), E4M3, "per_token", ROUNDING)
@@ -208,22 +216,23 @@ def _producer(
     def plain() -> tuple[Tensor, Tensor]:
         return plain_quantize(produce(*inputs), "per_token")
 
-    ours: Run = partial(sequence, *inputs)
     others: dict[str, Run] = {"plain": plain}
-    if fused is not None:
+    if site.gpu:
         from falqon.kernels.quantize_triton import quantize_triton
 
         def unfused() -> Any:
             return quantize_triton(produce(*inputs), E4M3, "per_token", ROUNDING)
 
-        ours, others = fused, {"unfused": unfused}
+        others = {"unfused": unfused}
     others |= site.compile(sequence, *inputs)
-    return Setup(ours, plain, "near codes", _dequantized, others)
+    return Setup(fused, plain, "near codes", _dequantized, others)
 
 
 def _joined(result: Any) -> Tensor:
+    """Results side by side: a tensor, or tensors, or lists of a tensor for each layer."""
     parts = (result,) if isinstance(result, Tensor) else result
-    return torch.cat([x for x in parts if x.shape[1]], dim=1).float()
+    flat = [x for part in parts for x in ([part] if isinstance(part, Tensor) else part)]
+    return torch.cat([x for x in flat if x.shape[1]], dim=1).float()
 
 
 @dataclass
@@ -265,7 +274,7 @@ def _melded_matmul(site: Site) -> Setup:
     codes, scale = site.merged()
     left, left_scale = quantize(site.values(x.tokens, x.n_in), E4M3, "per_token")
     ours: Run = partial(
-        melded_matmul, left, left_scale, codes, scale, None, x.rank, torch.bfloat16, True
+        melded_matmul, left, left_scale, [codes], [scale], [None], x.rank, torch.bfloat16, True
     )
     if site.gpu:
         from falqon.kernels.matmul_triton import matmul_triton
@@ -284,7 +293,7 @@ def _dx(site: Site, row_major: bool) -> Setup | None:
     codes, scale = site.merged()
     grad, grad_scale = quantize(site.values(x.tokens, x.out), E5M2, "per_token")
     ours: Run = partial(
-        backbone_matmul, grad, grad_scale, codes, scale, x.rank, torch.bfloat16, True
+        backbone_matmul, grad, grad_scale, [codes], scale, x.rank, torch.bfloat16, True
     )
     if site.gpu:
         from falqon.kernels.matmul_triton import matmul_triton
