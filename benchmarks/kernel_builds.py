@@ -132,23 +132,25 @@ def builds(arch: int) -> Iterator[Build]:
 
 
 def _matmuls(arch: int) -> Iterator[Build]:
-    sizes = ("count", "depth", "lines", "width", "out_columns", "adapter_columns")
+    sizes = ("count", "depth", "lines", "width", "adapter_columns")
     sizes += ("cut_first", "cut_second", "rank", "bucket")
-    # Kinds: name, format of left, row-major weight, native, segments, dtype of the result.
+    # Kinds: name, format of left, row-major weight, native, segments, sizes multiples of 16.
     kinds = [
-        ("melded_matmul", "fp8e4nv", False, True, 2),
-        ("melded_matmul, q/k/v", "fp8e4nv", False, True, 6),
-        ("backbone_matmul", "fp8e5", False, True, 1),
-        ("backbone_matmul, row-major", "fp8e5", True, True, 1),
-        ("melded_matmul, float16", "u8", False, False, 2),
-        ("backbone_matmul, float16, row-major", "u8", True, False, 1),
+        ("melded_matmul", "fp8e4nv", False, True, 2, True),
+        ("melded_matmul, odd rank", "fp8e4nv", False, True, 2, False),
+        ("melded_matmul, q/k/v", "fp8e4nv", False, True, 6, True),
+        ("melded_matmul, q/k/v, odd rank", "fp8e4nv", False, True, 6, False),
+        ("backbone_matmul", "fp8e5", False, True, 1, True),
+        ("backbone_matmul, row-major", "fp8e5", True, True, 1, True),
+        ("melded_matmul, float16", "u8", False, False, 2, True),
+        ("backbone_matmul, float16, row-major", "u8", True, False, 1, True),
     ]
-    for name, left, row_major, native, segments in kinds:
+    for name, left, row_major, native, segments, aligned in kinds:
         # Architectures without FP8 units get 16-bit operands; compiled as if this were one.
         known = arch if native else 0
         loads = (False, True) if native and arch >= 90 else (False,)
         for descriptors in loads:
-            for config in matmul_triton.configurations(known, row_major, segments):
+            for config in matmul_triton.configurations(known, row_major, segments, aligned):
                 tile = "x".join(str(config.kwargs[f"BLOCK_{x}"]) for x in "MNK")
                 shape = f"{tile}, {config.num_warps} warps, {config.num_stages} stages"
                 via = ", descriptors" if descriptors else ""
@@ -162,7 +164,7 @@ def _matmuls(arch: int) -> Iterator[Build]:
                         "left_scale": "*fp32",
                         "right_scale": "*fp32",
                         "bias": "*bf16",
-                        "out": "*bf16",
+                        **dict.fromkeys(("out_first", "out_second", "out_third"), "*bf16"),
                         "adapter": "*bf16",
                         "segments": "*i32",
                         **dict.fromkeys(sizes, "i32"),
@@ -175,7 +177,7 @@ def _matmuls(arch: int) -> Iterator[Build]:
                         "NATIVE": native,
                         "DESCRIPTORS": descriptors,
                         "WHOLE": True,
-                        "ALIGNED": True,
+                        "ALIGNED": aligned,
                         "ARCH": known,
                         "SEGMENTS": segments,
                         "PROGRAMS": 128,
@@ -183,7 +185,8 @@ def _matmuls(arch: int) -> Iterator[Build]:
                     },
                     {"num_warps": config.num_warps, "num_stages": config.num_stages},
                     multiplies="fp8" if native else "half",
-                    unaligned=("count", "cut_first", "cut_second", "bucket"),
+                    unaligned=("count", "cut_first", "cut_second", "bucket")
+                    + (() if aligned else ("lines", "adapter_columns", "rank")),
                 )
 
 
@@ -253,7 +256,7 @@ def _quantizers(arch: int) -> Iterator[Build]:
 
 def _producers(arch: int) -> Iterator[Build]:
     cast = {"FORMAT": 4, "POWER_OF_TWO": True, "HARDWARE": True}
-    for features in (4096, 13824):
+    for features in (4096, 13824, 28672):
         blocks, options = _options(rms_norm_quantize_triton.row_block(features))
         pointers = {"x": "*bf16", "weight": "*bf16", "codes": "*u8"}
         yield Build(
@@ -289,20 +292,21 @@ def _producers(arch: int) -> Iterator[Build]:
             options,
             wide=True,
         )
-    blocks, options = _options(rms_norm_quantize_triton.row_block(4096))
-    yield Build(
-        "rms_norm_grad, 4096 features",
-        rms_norm_quantize_triton.rms_norm_grad_kernel,
-        arch,
-        {
-            **dict.fromkeys(("grad", "x", "weight", "out"), "*bf16"),
-            "inverse_rms": "*fp32",
-            **dict.fromkeys(("features", "grad_stride", "row_stride"), "i32"),
-        },
-        blocks,
-        options,
-        wide=True,
-    )
+    for features in (4096, 28672):
+        blocks, options = _options(rms_norm_quantize_triton.row_block(features))
+        yield Build(
+            f"rms_norm_grad, {features} features",
+            rms_norm_quantize_triton.rms_norm_grad_kernel,
+            arch,
+            {
+                **dict.fromkeys(("grad", "x", "weight", "out"), "*bf16"),
+                "inverse_rms": "*fp32",
+                **dict.fromkeys(("features", "grad_stride", "row_stride"), "i32"),
+            },
+            blocks,
+            options,
+            wide=True,
+        )
     yield Build(
         "swiglu_grad",
         swiglu_quantize_triton.swiglu_grad_kernel,
@@ -318,9 +322,9 @@ def _producers(arch: int) -> Iterator[Build]:
 
 
 def _others(arch: int) -> Iterator[Build]:
-    for dtype in ("bf16", "fp32"):
+    for dtype, rank in (("bf16", 16), ("bf16", 64), ("fp32", 64)):  # larger ranks are in blocks
         yield Build(
-            f"proxy_grad, {dtype}",
+            f"proxy_grad, {dtype}, rank {rank}",
             proxy_grad_triton.proxy_grad_kernel,
             arch,
             {
@@ -334,7 +338,7 @@ def _others(arch: int) -> Iterator[Build]:
             {
                 "EXACT": dtype == "fp32",
                 "TOKENS": proxy_grad_triton.TOKENS_A_PART,
-                "RANK": 64,
+                "RANK": rank,
                 **proxy_grad_triton.tile(dtype == "fp32"),
             },
             {"num_warps": proxy_grad_triton.WARPS, "num_stages": proxy_grad_triton.STAGES},

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -205,8 +206,16 @@ class FalqonPrecision(Precision):
         """Check that training can work before it starts.
 
         Raises:
-            InputError: if a proxy buffer is in no optimizer.
+            InputError: if a proxy buffer is in no optimizer, for a device that the kernels cannot
+                run on, or for transposed copies of sharded codes.
         """
+        for name, layer in self.layers.items():
+            devices.check(layer.codes.device)
+            if self.keep_transposed and isinstance(layer.codes, DTensor):
+                raise InputError(
+                    f"keep_transposed keeps whole weights, and the codes of {name} are sharded: "
+                    "set it to false, or use a strategy that does not shard (ddp)."
+                )
         held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
         orphans = [name for name, layer in self.layers.items() if id(layer.B) not in held]
         if optimizers and (orphans or not self.layers):

@@ -15,7 +15,7 @@ from falqon.errors import InputError
 from falqon.fp8 import E4M3, E5M2, decode, encode
 from falqon.kernels import backend
 from falqon.kernels.backend import Choices
-from falqon.kernels.scaled_matmul import vendor_matmul
+from falqon.kernels.scaled_matmul import ADAPTER, vendor_matmul
 from tests.policies import random
 
 
@@ -85,30 +85,49 @@ def test_a_directory_that_cannot_be_written_costs_the_file(
     assert "cannot be" in caplog.text
 
 
-def _measure_slowly(path: Path, barrier: Any, results: Any) -> None:
-    import time
-
+def _measure_at_the_same_time(path: Path, barrier: Any, results: Any, mine: str) -> None:
     def measure(run: Any) -> float:
-        results.put("measured")
-        time.sleep(0.3)
-        return float(run())
+        barrier.wait()  # nobody gets past here while another process holds a lock
+        return 0.0 if run() == mine else 1.0
 
-    barrier.wait()
-    Choices(path).get("a", {"triton": lambda: 1.0, "vendor": lambda: 2.0}, measure)
+    candidates = {name: (lambda name=name: name) for name in ("triton", "vendor")}
+    results.put(Choices(path).get("a", candidates, measure))
 
 
-def test_processes_measure_once_between_them(tmp_path: Path) -> None:
+def test_processes_that_measure_at_the_same_time_agree(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(2), context.Queue()
-    arguments = (tmp_path / "gpu.json", barrier, results)
-    processes = [context.Process(target=_measure_slowly, args=arguments) for _ in range(2)]
+    barrier, results = context.Barrier(2, timeout=60), context.Queue()
+    processes = [
+        context.Process(
+            target=_measure_at_the_same_time, args=(tmp_path / "gpu.json", barrier, results, mine)
+        )
+        for mine in ("triton", "vendor")
+    ]
     for process in processes:
         process.start()
+    found = {results.get(timeout=60) for _ in processes}
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    assert [results.get(timeout=5) for _ in range(2)] == ["measured"] * 2
-    assert results.empty()
+    assert len(found) == 1
+    assert json.loads((tmp_path / "gpu.json").read_text()) == {"a": found.pop()}
+
+
+def test_without_a_file_each_shape_is_measured_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    choices = Choices(tmp_path / "file" / "gpu.json")
+    candidates = Candidates(triton=1.0, vendor=2.0)
+    for key in ("a", "b", "a", "b"):
+        choices.get(key, candidates.runs(), candidates.measure)
+    assert len(candidates.measured) == 4
+
+
+def test_too_little_memory_at_the_moment_is_not_kept(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    candidates = Candidates(triton=2.0, vendor=torch.OutOfMemoryError("full"))
+    assert Choices(path).get("a", candidates.runs(), candidates.measure) == "triton"
+    again = Candidates(triton=2.0, vendor=1.0)
+    assert Choices(path).get("a", again.runs(), again.measure) == "vendor"
 
 
 def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,23 +160,27 @@ def test_vendor_matmul(outs: tuple[int, ...], per_token: bool, fmt: Any) -> None
     left_scale = 2.0 ** torch.arange(tokens).remainder(3)[:, None] if per_token else torch.ones(1)
     right_scale = 2.0 ** torch.arange(len(outs), dtype=torch.float32)
     segments: list[tuple[int, int, int, int]] = []
-    row = column = 0
+    row = 0
     for number, out in enumerate(outs):
-        segments += [(row, out, column, 0), (row + out, rank, number * rank, 1)]
-        row, column = row + out + rank, column + out
+        segments += [(row, out, 0, number), (row + out, rank, number * rank, ADAPTER)]
+        row += out + rank
     bias = random(sum(outs)).bfloat16() if per_token else None
-    out, adapter = vendor_matmul(
+    found, adapter = vendor_matmul(
         left, left_scale, fmt.name, right, right_scale, tuple(segments), torch.bfloat16, bias
     )
     exact = decode(left, fmt) @ decode(right, E4M3).t() / left_scale
-    for number, (first, rows, column, other) in enumerate(segments):
+    biases = [None] * len(outs) if bias is None else list(bias.split(list(outs)))
+    for number, (first, rows, column, to) in enumerate(segments):
         expected = exact[:, first : first + rows] / right_scale[number // 2]
-        if bias is not None and not other:
-            expected = expected + bias[column : column + rows]
-        ours = (adapter if other else out)[:, column : column + rows]
+        given = None if to == ADAPTER else biases[to]
+        if given is not None:
+            expected = expected + given
+        ours = adapter[:, column : column + rows] if to == ADAPTER else found[to]
         torch.testing.assert_close(ours.float(), expected, rtol=2e-2, atol=2e-2)
-    assert adapter.untyped_storage().data_ptr() != out.untyped_storage().data_ptr()
-    plain, nothing = vendor_matmul(
+    storages = {x.untyped_storage().data_ptr() for x in (*found, adapter)}
+    assert len(storages) == len(outs) + 1
+    assert all(x.is_contiguous() for x in (*found, adapter))
+    (plain,), nothing = vendor_matmul(
         left,
         left_scale,
         fmt.name,

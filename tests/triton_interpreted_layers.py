@@ -145,3 +145,34 @@ def test_training_writes_the_same_codes(
     for theirs, mine in zip(*results, strict=True):
         differing = int((theirs != mine).sum())
         assert differing <= theirs.numel() // 1000, differing
+
+
+def test_layers_that_ran_one_by_one_keep_copies_of_their_own(
+    on_kernels: Callable[[bool], None],
+) -> None:
+    on_kernels(True)
+    modules = layers((64, 32), RECIPES["default"])
+    tie(modules)
+    for layer in modules:
+        layer.backbone_matmul.keep_transposed = True
+        step([layer], [random(TOKENS, FEATURES, seed=1)], None)
+        layer.B.data += 0.02 * random(*layer.B.shape, seed=2)
+    named = {str(n): layer for n, layer in enumerate(modules)}
+    update = ProxyUpdate(named, update_recipe(POLICIES["paper"]))
+    before = [layer.codes.clone() for layer in modules]
+    update.step(0)
+    for layer, codes in zip(modules, before, strict=True):
+        assert not torch.equal(layer.codes, codes)
+        assert transposed.view_of(layer.codes) is None  # stale, and made anew when it is wanted
+
+
+def test_outputs_may_be_changed_in_place(on_kernels: Callable[[bool], None]) -> None:
+    on_kernels(True)
+    modules = layers((40, 24), RECIPES["default"])
+    tie(modules)
+    x = random(TOKENS, FEATURES, seed=1).requires_grad_()
+    first, second = apply_melded(modules, x)
+    storages = {out.untyped_storage().data_ptr() for out in (first, second)}
+    assert len(storages) == 2
+    (first.relu_().sum() + second.add_(1.0).sum()).backward()
+    assert x.grad is not None and modules[0].B.grad is not None

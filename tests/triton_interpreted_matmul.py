@@ -6,15 +6,13 @@ the results are then rounded once to their dtype. Run by test_triton.py in a pro
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
 from torch import Tensor
 
 from falqon.fp8 import E4M3, E5M2, Format, decode, encode
 from falqon.kernels import matmul_triton as module
-from falqon.kernels.matmul_triton import Segment, matmul_triton
+from falqon.kernels.matmul_triton import ADAPTER, Segment, matmul_triton
 from falqon.kernels.proxy_grad import proxy_grad
 from falqon.kernels.proxy_grad_triton import TOKENS_A_PART, proxy_grad_triton
 from falqon.kernels.transpose_triton import transpose_triton
@@ -34,7 +32,7 @@ EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0*
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     native, arch = DEVICES[request.param]
     monkeypatch.setattr(module, "has_fp8_units", lambda _: native)
-    monkeypatch.setattr(module, "capability", lambda _: arch)
+    monkeypatch.setattr(module, "architecture", lambda _: arch)
     return str(request.param)
 
 
@@ -50,10 +48,10 @@ def scales(*shape: int) -> Tensor:
 def group(outs: tuple[int, ...], rank: int) -> tuple[Segment, ...]:
     """Segments of stacked members."""
     segments: list[Segment] = []
-    row = column = 0
+    row = 0
     for number, out in enumerate(outs):
-        segments += [(row, out, column, 0), (row + out, rank, number * rank, 1)]
-        row, column = row + out + rank, column + out
+        segments += [(row, out, 0, number), (row + out, rank, number * rank, ADAPTER)]
+        row += out + rank
     return tuple(segments)
 
 
@@ -92,13 +90,15 @@ def test_forward(
     left_scale = 64 * (scales(tokens, 1) if per_token else scales(1))  # within float16's range
     right_scale = 64 * scales(len(outs))
     bias = random(sum(outs)).to(dtype) if per_token else None
-    out, adapter = matmul_triton(
+    found, adapter = matmul_triton(
         left, left_scale, "e4m3", right, right_scale, segments, dtype, bias
     )
-    assert out.shape == (tokens, sum(outs)) and adapter.shape == (tokens, len(outs) * rank)
-    for number, (first, rows, column, other) in enumerate(segments):
-        part = (adapter if other else out)[:, column : column + rows]
-        given = None if bias is None or other else bias[column : column + rows]
+    assert [out.shape for out in found] == [(tokens, out) for out in outs]
+    assert adapter.shape == (tokens, len(outs) * rank)
+    biases = [None] * len(outs) if bias is None else list(bias.split(list(outs)))
+    for number, (first, rows, column, to) in enumerate(segments):
+        part = adapter[:, column : column + rows] if to == ADAPTER else found[to]
+        given = None if to == ADAPTER else biases[to]
         weight = decode(right[first : first + rows].contiguous(), E4M3)
         check(part, decode(left, E4M3), weight, left_scale * right_scale[number // 2], given)
 
@@ -126,7 +126,7 @@ def test_backward(
     turned = transpose_triton(stacked, sum(outs), cuts, rank)
     assert torch.equal(turned, torch.cat(backbones).t())
     right, where = (stacked, cuts) if row_major else (turned, None)
-    ours, _ = matmul_triton(
+    (ours,), _ = matmul_triton(
         grad,
         scale,
         "e5m2",
@@ -142,7 +142,7 @@ def test_backward(
 
 def test_no_tokens() -> None:
     nothing = torch.zeros(0, 8, dtype=torch.uint8)
-    out, adapter = matmul_triton(
+    (out,), adapter = matmul_triton(
         nothing,
         torch.ones(1),
         "e4m3",
@@ -171,9 +171,24 @@ def test_proxy_grad(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         torch.testing.assert_close(ours, proxy_grad(grad, adapter), rtol=1e-4, atol=1e-4)
 
 
-def test_parts_are_added_in_their_order() -> None:
-    tokens = 3 * TOKENS_A_PART
-    grad, adapter = random(tokens, 4, seed=1), random(tokens, 3, seed=2)
-    ends = range(0, tokens + 1, TOKENS_A_PART)
-    parts = [proxy_grad_triton(grad[a:b], adapter[a:b]) for a, b in pairwise(ends)]
-    assert torch.equal(proxy_grad_triton(grad, adapter), torch.stack(parts).sum(dim=0))
+def test_the_gradient_is_the_same_every_time() -> None:
+    tokens = 3 * TOKENS_A_PART + 7
+    grad, adapter = random(tokens, 4, seed=1), random(tokens, 130, seed=2)
+    first = proxy_grad_triton(grad, adapter)
+    assert torch.equal(proxy_grad_triton(grad, adapter), first)
+    assert torch.equal(proxy_grad_triton(grad, adapter[:, :3].contiguous()), first[:, :3])
+
+
+def test_more_layers_than_a_launch_takes() -> None:
+    with pytest.raises(ValueError, match="at most 3 layers"):
+        matmul_triton(
+            torch.zeros(1, 16, dtype=torch.uint8),
+            torch.ones(1),
+            "e4m3",
+            torch.zeros(4 * 18, 16, dtype=torch.uint8),
+            torch.ones(4),
+            group((16, 16, 16, 16), 2),
+            torch.float32,
+        )
+    with pytest.raises(ValueError, match="at most two cuts"):
+        transpose_triton(torch.zeros(20, 4, dtype=torch.uint8), 8, (2, 4, 6), 4)

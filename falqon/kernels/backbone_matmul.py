@@ -97,15 +97,22 @@ def backbone_matmul_gpu(
     cuts = tuple(accumulate(counts))[:-1]
     segments = ((0, codes[0].shape[1], 0, 0),)
     if reads_row_major(devices.capability(grad.device), grad.shape[0], cuts, keep):
-        return scaled_matmul(
-            grad, grad_scale, "e5m2", stacked(codes), scale, segments, dtype, None, cuts, rank
-        )[0]
+        weight = stacked(codes)
+        outs, _ = scaled_matmul(
+            grad, grad_scale, "e5m2", weight, scale, segments, dtype, None, cuts, rank
+        )
+        return outs[0]
 
     def turn() -> Tensor:
-        return transpose_triton(stacked(codes), sum(counts), cuts, rank)
+        parts = []
+        for at in range(0, len(codes), 3):
+            some = slice(at, at + 3)
+            inner = tuple(accumulate(counts[some]))[:-1]
+            parts.append(transpose_triton(stacked(codes[some]), sum(counts[some]), inner, rank))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     turned = kept(codes, counts, turn) if keep else turn()
-    return scaled_matmul(grad, grad_scale, "e5m2", turned, scale, segments, dtype)[0]
+    return scaled_matmul(grad, grad_scale, "e5m2", turned, scale, segments, dtype)[0][0]
 
 
 @backbone_matmul_gpu.register_fake

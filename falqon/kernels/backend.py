@@ -43,7 +43,11 @@ def cache_directory() -> Path:
     given = os.environ.get("FALQON_CACHE")
     if given:
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "falqon"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(cache or Path.home() / ".cache") / "falqon"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / "falqon"
 
 
 @lru_cache(maxsize=16)
@@ -78,8 +82,8 @@ class Choices:
     ) -> str:
         """The fastest candidate for a key: from memory, from the file, or measured now.
 
-        One process measures while others with the same file wait and then read what it found. A
-        candidate that fails is out of question; if all fail, the last error is raised.
+        Of processes that measure at the same time, all take what the first one wrote. A candidate
+        that fails is out of question; if all fail, the last error is raised.
 
         Args:
             key: operation and shape.
@@ -90,10 +94,14 @@ class Choices:
             Name of the fastest.
         """
         if key not in self._known:
+            self._known = {**self._read(), **self._known}
+        if key not in self._known:
+            # Not while holding the lock: who measures waits for its device, which may be waiting
+            # for another process's part of a collective.
+            best, is_sure = self._measure(key, candidates, measure)
             with self._locked():
-                self._known = self._read()
-                if key not in self._known:
-                    self._known[key] = self._measure(key, candidates, measure)
+                self._known = {key: best, **self._read(), **self._known}
+                if is_sure:
                     self._write()
         if self._known[key] not in candidates:  # a file from elsewhere
             return next(iter(candidates))
@@ -104,14 +112,16 @@ class Choices:
         key: str,
         candidates: Mapping[str, Callable[[], Any]],
         measure: Callable[[Callable[[], Any]], float],
-    ) -> str:
+    ) -> tuple[str, bool]:
         times: dict[str, float] = {}
         failure: Exception | None = None
+        is_sure = True
         for name, run in candidates.items():
             try:
                 times[name] = measure(run)
             except Exception as error:
                 failure = error
+                is_sure &= not isinstance(error, torch.OutOfMemoryError)
                 _LOG.info("%s does not do %s: %s", name, key, str(error).splitlines()[:1])
         if not times:
             assert failure is not None
@@ -119,7 +129,7 @@ class Choices:
         best = min(times, key=lambda name: times[name])
         shown = ", ".join(f"{name} {value:.4g}" for name, value in times.items())
         _LOG.info("matmul %s: %s (%s ms); kept in %s", key, best, shown, self.path)
-        return best
+        return best, is_sure
 
     def _read(self) -> dict[str, str]:
         try:

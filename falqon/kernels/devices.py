@@ -47,6 +47,12 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def architecture(device: torch.device) -> int:
+    """Which of the architectures that kernels are made for: 89, 90, 100, 120, or 0 for none."""
+    number = capability(device)
+    return {9: 90, 10: 100, 12: 120}.get(number // 10, 89 if number == 89 else 0)
+
+
 def has_fp8_units(device: torch.device) -> bool:
     """Whether its matrix units multiply E4M3 and E5M2 as the OCP defines them.
 

@@ -21,14 +21,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from falqon.kernels.devices import capability, has_fp8_units, on_device, processors
+from falqon.kernels.devices import architecture, has_fp8_units, on_device, processors
 from falqon.kernels.triton_fp8 import decode_half, round_to, widen
 
 ALIGNMENT = 16
 """Bytes; rows of operands that tensor descriptors load must be multiples of it."""
 
 Segment = tuple[int, int, int, int]
-"""First row of `right`, number of rows, first column of the result, 1 if that is the adapter's."""
+"""First row of `right`, number of rows, first column of the result, and which result that is.
+
+Results 0 to 2 are those of a group's members, each of as many columns as its segment has rows;
+`ADAPTER` is the one for the rows of A of all of them.
+"""
+ADAPTER = 3
+MEMBERS = 3
+"""Most layers of a group."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -37,15 +44,16 @@ def matmul_kernel(  # type: ignore[no-untyped-def]
     right,  # FP8 or uint8: [lines, depth], with ROW_MAJOR [lines, width]
     left_scale,  # float32 [1] or [count]
     right_scale,  # float32 [members]
-    bias,  # [out_columns], or anything without HAS_BIAS
-    out,  # [count, out_columns]
+    bias,  # of all members one behind the other, or anything without HAS_BIAS
+    out_first,  # [count, rows of its segment]
+    out_second,  # the same for a second member, or anything
+    out_third,
     adapter,  # [count, adapter_columns], or anything if no segment goes there
     segments,  # int32 [SEGMENTS, 4], see `Segment`
     count,
     depth,
     lines,
     width,
-    out_columns,
     adapter_columns,
     cut_first,  # ROW_MAJOR: rows of W after which rank rows of A follow, multiples of BLOCK_K;
     cut_second,  # beyond depth if none do
@@ -88,7 +96,8 @@ def matmul_kernel(  # type: ignore[no-untyped-def]
     # Tiles that run together share columns of the result: rows of left run fastest.
     for tile in tl.range(tl.program_id(0), down * across, PROGRAMS, flatten=DESCRIPTORS):
         panel = tile // down
-        start, size, column, other, member, before = 0, 0, 0, 0, 0, 0
+        start, size, column, to, member, before = 0, 0, 0, 0, 0, 0
+        whole, bias_at, biased = 0, 0, 0
         for s in tl.static_range(SEGMENTS):
             length = tl.load(segments + 4 * s + 1)
             tiles = tl.cdiv(length, BLOCK_N)
@@ -97,11 +106,16 @@ def matmul_kernel(  # type: ignore[no-untyped-def]
             start = tl.where(here, tl.load(segments + 4 * s) + skip, start)
             size = tl.where(here, length - skip, size)
             column = tl.where(here, tl.load(segments + 4 * s + 2) + skip, column)
-            other = tl.where(here, tl.load(segments + 4 * s + 3), other)
+            result_number = tl.load(segments + 4 * s + 3)
+            to = tl.where(here, result_number, to)
             member = tl.where(here, s // 2, member)
+            whole = tl.where(here, length, whole)
+            bias_at = tl.where(here, biased + skip, bias_at)
+            biased += tl.where(result_number == 3, 0, length)
             before += tiles
         if ALIGNED:  # tells the compiler, so that it loads and stores 16 bytes at a time
             start, size, column = start // 16 * 16, size // 16 * 16, column // 16 * 16
+            whole, bias_at = whole // 16 * 16, bias_at // 16 * 16
         first = (tile % down) * BLOCK_M
         row, n, k = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
         # Rows beyond the end are the last one again, and are not stored: loads need no mask for it.
@@ -151,18 +165,22 @@ def matmul_kernel(  # type: ignore[no-untyped-def]
             unit = tl.load(left_scale)
         result = sums * tl.div_rn(1.0, unit * tl.load(right_scale + member))
         if HAS_BIAS:
-            biased = tl.where(other == 0, size, 0)  # rows of A have none
-            given = tl.load(bias + column + n, mask=n < biased, other=0.0)
-            result = round_to(result, out.dtype.element_ty) + widen(given)[None, :]
-        result = round_to(result, out.dtype.element_ty).to(out.dtype.element_ty)
+            with_bias = tl.where(to == 3, 0, size)  # rows of A have none
+            given = tl.load(bias + bias_at + n, mask=n < with_bias, other=0.0)
+            result = round_to(result, out_first.dtype.element_ty) + widen(given)[None, :]
+        result = round_to(result, out_first.dtype.element_ty).to(out_first.dtype.element_ty)
         inside = (row < count)[:, None] & (n < size)[None, :]
         token = row.to(tl.int64)[:, None]
-        result_at = tl.where(other == 0, out, adapter)
-        stride = tl.where(other == 0, out_columns, adapter_columns)
+        result_at = tl.where(to == 1, out_second, out_first)
+        result_at = tl.where(to == 2, out_third, result_at)
+        result_at = tl.where(to == 3, adapter, result_at)
+        stride = tl.where(to == 3, adapter_columns, whole)
         tl.store(result_at + token * stride + (column + n)[None, :], result, mask=inside)
 
 
-def configurations(arch: int, row_major: bool = False, segments: int = 1) -> list[triton.Config]:
+def configurations(
+    arch: int, row_major: bool = False, segments: int = 1, aligned: bool = True
+) -> list[triton.Config]:
     """Tiles to choose from on an architecture (0: without FP8 units, 16-bit operands on chip).
 
     Square tiles load least for what they compute, for many tokens; flat ones leave fewer processors
@@ -188,14 +206,27 @@ def configurations(arch: int, row_major: bool = False, segments: int = 1) -> lis
 def _for_device(
     configs: list[triton.Config], named_args: dict[str, Any], **kwargs: Any
 ) -> list[triton.Config]:
-    return configurations(kwargs["ARCH"], kwargs["ROW_MAJOR"], kwargs["SEGMENTS"])
+    return configurations(
+        kwargs["ARCH"], kwargs["ROW_MAJOR"], kwargs["SEGMENTS"], kwargs["ALIGNED"]
+    )
 
 
 tuned_matmul_kernel = triton.autotune(
     configurations(0),
     # Everything that decides which program is compiled, and the device, is in the key: one process
     # may drive several kinds. Tokens enter as a power of two, lest every length be timed anew.
-    key=["bucket", "depth", "lines", "width", "ROW_MAJOR", "DESCRIPTORS", "ARCH", "PROGRAMS"],
+    key=[
+        "bucket",
+        "depth",
+        "lines",
+        "width",
+        "ROW_MAJOR",
+        "DESCRIPTORS",
+        "ALIGNED",
+        "SEGMENTS",
+        "ARCH",
+        "PROGRAMS",
+    ],
     prune_configs_by={"early_config_prune": _for_device},
     cache_results=True,
 )(matmul_kernel)
@@ -221,7 +252,7 @@ def matmul_triton(
     bias: Tensor | None = None,
     cuts: tuple[int, ...] | None = None,
     rank: int = 0,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor]:
     """Run the kernel.
 
     Args:
@@ -230,22 +261,27 @@ def matmul_triton(
         fmt: of `left`, `e4m3` or `e5m2`.
         right: uint8 E4M3 codes, contiguous: [rows, K], or with `cuts` [K and rows of A, columns].
         right_scale: float32 [members], two segments each.
-        segments: which rows of `right` (columns, with `cuts`) become which columns of which result.
+        segments: which rows of `right` (columns, with `cuts`) become which columns of which result;
+            one for each of at most three members, in their order, and rows of A between.
         dtype: of the results.
-        bias: [columns of the first result] or None.
+        bias: of all members one behind the other, or None.
         cuts: `right` is row-major; after so many of its backbone rows, multiples of 128, `rank`
             rows of A follow, which take no part. At most two come before the last backbone row.
         rank: r.
 
     Returns:
-        [T, columns of segments with last entry 0], [T, columns of the others].
+        [T, rows of its segment] for each member, and [T, rows of A of all of them].
     """
+    if len(segments) > 2 * MEMBERS:
+        raise ValueError(f"at most {MEMBERS} layers at a time, got {len(segments) // 2}")
     count, depth = left.shape
-    columns = [sum(s[1] for s in segments if s[3] == which) for which in (0, 1)]
-    out, adapter = (torch.empty(count, n, dtype=dtype, device=left.device) for n in columns)
+    columns = [s[1] for s in segments if s[3] != ADAPTER]
+    columns.append(sum(s[1] for s in segments if s[3] == ADAPTER))
+    *outs, adapter = (torch.empty(count, n, dtype=dtype, device=left.device) for n in columns)
     if count == 0:
-        return out, adapter
-    native, arch = has_fp8_units(left.device), capability(left.device)
+        return outs, adapter
+    native = has_fp8_units(left.device)
+    arch = architecture(left.device) if native else 0
     row_major = cuts is not None
     inner = [c for c in cuts or () if c < depth]
     far = 2**31 - 1
@@ -269,16 +305,15 @@ def matmul_triton(
             right,
             left_scale,
             right_scale,
-            out if bias is None else bias,
-            out,
+            adapter if bias is None else bias,
+            *(outs + [adapter] * MEMBERS)[:MEMBERS],
             adapter,
             _segments(segments, left.device),
             count,
             depth,
             right.shape[0],
             right.shape[1],
-            columns[0],
-            columns[1],
+            columns[-1],
             first,
             second,
             rank,
@@ -296,4 +331,4 @@ def matmul_triton(
             PROGRAMS=programs,
             **tile,
         )
-    return out, adapter
+    return outs, adapter

@@ -79,19 +79,19 @@ def melded_matmul_gpu(
     biases: Sequence[Tensor | None],
     rank: int,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """`melded_matmul` on a GPU, the results of all layers side by side.
+) -> tuple[list[Tensor], Tensor]:
+    """`melded_matmul` on a GPU, of at most three layers.
 
     Returns:
-        [T, sum of out_i] and [T, r for each layer].
+        O_i [T, out_i], tensors of their own, and all O_A_i side by side, [T, r for each layer].
     """
-    from falqon.kernels.scaled_matmul import scaled_matmul
+    from falqon.kernels.scaled_matmul import ADAPTER, scaled_matmul
 
-    segments, row, column = [], 0, 0
+    segments, row = [], 0
     for number, merged in enumerate(codes):
         out = merged.shape[0] - rank
-        segments += [(row, out, column, 0), (row + out, rank, number * rank, 1)]
-        row, column = row + out + rank, column + out
+        segments += [(row, out, 0, number), (row + out, rank, number * rank, ADAPTER)]
+        row += out + rank
     bias = None
     if any(b is not None for b in biases):
         given = zip(codes, biases, strict=True)
@@ -112,10 +112,9 @@ def _(
     biases: Sequence[Tensor | None],
     rank: int,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    out = sum(merged.shape[0] - rank for merged in codes)
-    columns = (out, rank * len(codes))
-    return tuple(x.new_empty(x.shape[0], n, dtype=dtype) for n in columns)  # type: ignore[return-value]
+) -> tuple[list[Tensor], Tensor]:
+    outs = [x.new_empty(x.shape[0], merged.shape[0] - rank, dtype=dtype) for merged in codes]
+    return outs, x.new_empty(x.shape[0], rank * len(codes), dtype=dtype)
 
 
 class MeldedMatmul(nn.Module):
@@ -139,11 +138,17 @@ class MeldedMatmul(nn.Module):
         biases: Sequence[Tensor | None],
         dtype: torch.dtype,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """See `melded_matmul`; on a GPU the O_i are views of one tensor, and so are the O_A_i."""
+        """See `melded_matmul`; on a GPU the O_A_i are views of one tensor."""
         if devices.uses_kernels(x) and x.dtype == torch.uint8:
-            out, adapter = melded_matmul_gpu(x, x_scale, codes, scales, biases, self.rank, dtype)
-            outs = out.split([len(merged) - self.rank for merged in codes], dim=1)
-            return list(outs), list(adapter.split(self.rank, dim=1))
+            outs: list[Tensor] = []
+            adapters: list[Tensor] = []
+            for at in range(0, len(codes), 3):
+                some = slice(at, at + 3)
+                given = (codes[some], scales[some], biases[some])
+                part, adapter = melded_matmul_gpu(x, x_scale, *given, self.rank, dtype)
+                outs += part
+                adapters += adapter.split(self.rank, dim=1)
+            return outs, adapters
         return melded_matmul(x, x_scale, codes, scales, biases, self.rank, dtype, self.power_of_two)
 
     def extra_repr(self) -> str:

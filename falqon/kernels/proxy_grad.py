@@ -12,7 +12,7 @@ def proxy_grad(grad: Tensor, adapter: Tensor) -> Tensor:
     """`dL/dB = (dL/dO)^T O_A`, straight from the high-precision gradient.
 
     Accumulated in float32; on a CPU a bfloat16 product is rounded once at its end. On a GPU by
-    Triton: the sum over tokens is cut into parts that are added in their order, always the same.
+    Triton: the sum over tokens is cut into parts, always the same ones, without atomics.
 
     Args:
         grad: dL/dO [T, out]; rows may be apart.

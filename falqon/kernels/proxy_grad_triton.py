@@ -2,7 +2,7 @@
 
 The sum runs over tokens, of which there are far more than results, so it is cut into parts that run
 at the same time. How many depends on the shape alone, each part is summed from its first token to
-its last, and the parts are added in their order: no atomics, the same bits every time.
+its last, and torch adds the parts: no atomics, the same bits every time on one kind of device.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ def proxy_grad_kernel(  # type: ignore[no-untyped-def]
     adapter_stride,
     EXACT: tl.constexpr,  # multiply in float32
     TOKENS: tl.constexpr,
-    RANK: tl.constexpr,  # rank rounded up to a power of two of at least 16
+    RANK: tl.constexpr,  # columns of O_A at a time
     BLOCK_OUT: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
-    """One part of the tokens by a block of output features."""
+    """One part of the tokens by a block of output features by a block of the rank."""
     part = tl.program_id(1)
     o = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    j, t = tl.arange(0, RANK), tl.arange(0, BLOCK_TOKENS)
+    j = tl.program_id(2) * RANK + tl.arange(0, RANK)
+    t = tl.arange(0, BLOCK_TOKENS)
     sums = tl.zeros((BLOCK_OUT, RANK), tl.float32)
     for at in tl.range(part * TOKENS, min(count, (part + 1) * TOKENS), BLOCK_TOKENS):
         token = (at + t).to(tl.int64)
@@ -83,12 +84,18 @@ def proxy_grad_triton(grad: Tensor, adapter: Tensor) -> Tensor:
     exact = grad.dtype == torch.float32
     blocks: dict[str, Any] = {
         "TOKENS": TOKENS_A_PART,
-        "RANK": max(16, triton.next_power_of_2(rank)),
+        "RANK": min(64, max(16, triton.next_power_of_2(rank))),
         **tile(exact),
     }
     if parts.numel():
         with on_device(grad.device):
-            proxy_grad_kernel[(triton.cdiv(features, blocks["BLOCK_OUT"]), number)](
+            proxy_grad_kernel[
+                (
+                    triton.cdiv(features, blocks["BLOCK_OUT"]),
+                    number,
+                    triton.cdiv(rank, blocks["RANK"]),
+                )
+            ](
                 grad,
                 adapter,
                 parts,

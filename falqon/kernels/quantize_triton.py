@@ -47,7 +47,7 @@ def quantize_rows_kernel(  # type: ignore[no-untyped-def]
     start = row[:, None] * row_stride
     if ONCE:
         inside = (row < count)[:, None] & (column < features)[None, :]
-        at = start + column[None, :] * column_stride
+        at = start + column[None, :].to(tl.int64) * column_stride
         values = widen(tl.load(x + at, mask=inside, other=0.0))
         factor = scale_of(tl.max(magnitude_bits(values), axis=1), FORMAT, POWER_OF_TWO)
         out = encode(values * factor[:, None], FORMAT, HARDWARE)

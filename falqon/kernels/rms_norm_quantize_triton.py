@@ -86,7 +86,7 @@ def row_block(features: int) -> dict[str, Any]:
             f"rows of {features} values do not fit into a program; use separate norm and Quantize."
         )
     block = triton.next_power_of_2(max(features, 16))
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+    return {"BLOCK": block, "num_warps": 32 if block > 16384 else min(16, max(1, block // 512))}
 
 
 def rms_norm_quantize_triton(

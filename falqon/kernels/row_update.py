@@ -192,7 +192,11 @@ def _row_updates_triton(
     from falqon.kernels.row_update_triton import launch_row_updates
 
     copies = [transposed.view_of(write.codes) for write in writes]
-    if any(copy is None for copy in copies):
+    buffers = {
+        None if copy is None else (copy.untyped_storage().data_ptr(), copy.stride(0))
+        for copy in copies
+    }
+    if None in buffers or len(buffers) > 1:  # layers that ran one by one have copies of their own
         copies = [None] * len(writes)
     counter = (seed, step) if rounding == "stochastic" else None
     results = []

@@ -7,6 +7,7 @@ it is measured, see `falqon.kernels.backend`.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from falqon.kernels.devices import has_fp8_units
 if TYPE_CHECKING:
     from falqon.kernels.matmul_triton import Segment
 
+ADAPTER = 3  # as in `matmul_triton`, which is imported on GPUs only
 _KINDS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
@@ -30,20 +32,17 @@ def vendor_matmul(
     segments: tuple[Segment, ...],
     dtype: torch.dtype,
     bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor]:
     """`torch._scaled_mm`; arguments as of `falqon.kernels.matmul_triton.matmul_triton`.
 
     It multiplies by scales, and has one for the tensor or one for each row of both operands. The
-    result is one matrix: with a single layer O is a view of it, otherwise the parts are copied.
+    result is one matrix, from which each part is copied: results are tensors of their own.
     """
     per_row = left_scale.numel() > 1 or right_scale.numel() > 1
     inverse, unit = 1.0 / left_scale, 1.0 / right_scale
     if per_row:
-        lengths = torch.zeros(len(right_scale), dtype=torch.int64)
-        for number, (_, rows, _, _) in enumerate(segments):
-            lengths[number // 2] += rows
-        counts = lengths.to(right.device)
-        unit = torch.repeat_interleave(unit, counts, output_size=right.shape[0])[None, :]
+        owners = _owners(segments, right.shape[0], right.device)
+        unit = unit[owners][None, :]
         inverse = inverse.reshape(-1, 1).expand(left.shape[0], 1).contiguous()
     else:
         inverse, unit = inverse.reshape(()), unit.reshape(())
@@ -55,15 +54,23 @@ def vendor_matmul(
         out_dtype=dtype,
         use_fast_accum=False,
     )
-    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for first, rows, _, other in segments:
-        parts[other].append(both[:, first : first + rows])
-    out = parts[0][0] if len(parts[0]) == 1 else torch.cat(parts[0], dim=1)
-    nothing = both.new_empty(both.shape[0], 0)
-    adapter = torch.cat(parts[1], dim=1) if parts[1] else nothing
-    if len(parts[1]) == 1:
-        adapter = adapter.clone(memory_format=torch.contiguous_format)
-    return out if bias is None else out + bias, adapter
+    outs = [both[:, a : a + n].contiguous() for a, n, _, to in segments if to != ADAPTER]
+    adapters = [both[:, a : a + n] for a, n, _, to in segments if to == ADAPTER]
+    adapter = torch.cat(adapters, dim=1) if adapters else both.new_empty(len(both), 0)
+    if bias is not None:
+        outs = [o + b for o, b in zip(outs, bias.split([o.shape[1] for o in outs]), strict=True)]
+    if len(outs) == 1 and not adapters:
+        outs = [both]
+    return outs, adapter.contiguous()
+
+
+@lru_cache(maxsize=1024)
+def _owners(segments: tuple[Segment, ...], rows: int, device: torch.device) -> Tensor:
+    """Number of the member that each row belongs to, int64 [rows]; made once, not in each step."""
+    owners = torch.zeros(rows, dtype=torch.int64)
+    for number, (first, length, _, _) in enumerate(segments):
+        owners[first : first + length] = number // 2
+    return owners.to(device)
 
 
 def scaled_matmul(
@@ -77,20 +84,20 @@ def scaled_matmul(
     bias: Tensor | None = None,
     cuts: tuple[int, ...] | None = None,
     rank: int = 0,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor]:
     """The faster of the two; arguments as of `falqon.kernels.matmul_triton.matmul_triton`.
 
     Returns:
-        Backbone and adapter results.
+        Results of the members, and the adapters' result.
     """
     from falqon.kernels.matmul_triton import matmul_triton
 
-    def by_triton() -> tuple[Tensor, Tensor]:
+    def by_triton() -> tuple[list[Tensor], Tensor]:
         return matmul_triton(
             left, left_scale, fmt, right, right_scale, segments, dtype, bias, cuts, rank
         )
 
-    def by_vendor() -> tuple[Tensor, Tensor]:
+    def by_vendor() -> tuple[list[Tensor], Tensor]:
         return vendor_matmul(left, left_scale, fmt, right, right_scale, segments, dtype, bias)
 
     name = backend.wanted()

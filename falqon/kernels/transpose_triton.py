@@ -47,6 +47,8 @@ def transpose_triton(codes: Tensor, count: int, cuts: tuple[int, ...], rank: int
     Returns:
         uint8 [in, count].
     """
+    if len(cuts) > 2:
+        raise ValueError(f"at most two cuts, got {len(cuts)}")
     features = codes.shape[1]
     turned = torch.empty(features, count, dtype=torch.uint8, device=codes.device)
     far = 2**31 - 1
