@@ -3,8 +3,9 @@
     python -m benchmarks.kernel_builds                # table of registers, memory, instructions
     python -m benchmarks.kernel_builds --write        # put it into docs/kernels.md
 
-Compiles for Ada (89), Hopper (90) and both kinds of Blackwell (100, 120) with the compiler that the
-Triton package brings along, and reads the machine code with the disassembler next to it.
+Compiles for Ampere (80), Ada (89), Hopper (90) and both kinds of Blackwell (100, 120) with the
+compiler that the Triton package brings along, and reads the machine code with the disassembler next
+to it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from falqon.kernels import (
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "kernels.md"
 MARKS = ("<!-- kernel table: begin -->", "<!-- kernel table: end -->")
-SHARED_LIMIT = {89: 99, 90: 227, 100: 227, 120: 99}
+SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that a block may use, by compute capability."""
 TENSOR_CORE = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA", 120: "QMMA"}
 """Instruction of the FP8 tensor cores, by compute capability."""
@@ -146,9 +147,11 @@ def _matmuls(arch: int) -> Iterator[Build]:
         ("backbone_matmul, float16, row-major", "u8", True, False, 1, True),
     ]
     for name, left, row_major, native, segments, aligned in kinds:
-        # Architectures without FP8 units get 16-bit operands; compiled as if this were one.
+        # Architectures without FP8 units get 16-bit operands, and only they do.
         known = arch if native else 0
-        loads = (False, True) if native and arch >= 90 else (False,)
+        if native != (arch > 80):
+            continue
+        loads = (False, True) if native and aligned and arch >= 90 else (False,)
         for descriptors in loads:
             for config in matmul_triton.configurations(known, row_major, segments, aligned):
                 tile = "x".join(str(config.kwargs[f"BLOCK_{x}"]) for x in "MNK")
@@ -196,7 +199,7 @@ def _options(blocks: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _quantizers(arch: int) -> Iterator[Build]:
-    cast = {"POWER_OF_TWO": True, "HARDWARE": True}
+    cast = {"POWER_OF_TWO": True, "HARDWARE": arch > 80}
     strided = {"count": "i32", "features": "i32", "row_stride": "i32"}
     for form, features in ((4, 4096), (4, 11008), (5, 4096), (5, 40000)):
         blocks, options = _options(quantize_triton.row_blocks(features))
@@ -254,9 +257,34 @@ def _quantizers(arch: int) -> Iterator[Build]:
         )
 
 
+def _swiglu(
+    arch: int, features: int, cast: dict[str, Any], blocks: dict[str, Any], options: dict[str, Any]
+) -> Build:
+    return Build(
+        f"swiglu_quantize, {features} features",
+        swiglu_quantize_triton.swiglu_quantize_kernel,
+        arch,
+        {
+            "gate": "*bf16",
+            "up": "*bf16",
+            "codes": "*u8",
+            "scale": "*fp32",
+            "features": "i32",
+            "gate_stride": "i32",
+            "up_stride": "i32",
+        },
+        {**cast, **blocks},
+        options,
+        wide=True,
+    )
+
+
 def _producers(arch: int) -> Iterator[Build]:
-    cast = {"FORMAT": 4, "POWER_OF_TWO": True, "HARDWARE": True}
+    cast = {"FORMAT": 4, "POWER_OF_TWO": True, "HARDWARE": arch > 80}
     for features in (4096, 13824, 28672):
+        blocks, options = _options(swiglu_quantize_triton.long_row_block(features))
+        yield _swiglu(arch, features, cast, blocks, options)
+    for features in (4096, 13824):
         blocks, options = _options(rms_norm_quantize_triton.row_block(features))
         pointers = {"x": "*bf16", "weight": "*bf16", "codes": "*u8"}
         yield Build(
@@ -275,24 +303,7 @@ def _producers(arch: int) -> Iterator[Build]:
             options,
             wide=True,
         )
-        yield Build(
-            f"swiglu_quantize, {features} features",
-            swiglu_quantize_triton.swiglu_quantize_kernel,
-            arch,
-            {
-                "gate": "*bf16",
-                "up": "*bf16",
-                "codes": "*u8",
-                "scale": "*fp32",
-                "features": "i32",
-                "gate_stride": "i32",
-                "up_stride": "i32",
-            },
-            {**cast, **blocks},
-            options,
-            wide=True,
-        )
-    for features in (4096, 28672):
+    for features in (4096, 16384):
         blocks, options = _options(rms_norm_quantize_triton.row_block(features))
         yield Build(
             f"rms_norm_grad, {features} features",

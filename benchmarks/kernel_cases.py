@@ -277,9 +277,9 @@ def _melded_matmul(site: Site) -> Setup:
         melded_matmul, left, left_scale, [codes], [scale], [None], x.rank, torch.bfloat16, True
     )
     if site.gpu:
-        from falqon.kernels.matmul_triton import matmul_triton
+        from falqon.kernels.matmul_triton import ADAPTER, matmul_triton
 
-        segments = ((0, x.out, 0, 0), (x.out, x.rank, 0, 1))
+        segments = ((0, x.out, 0, 0), (x.out, x.rank, 0, ADAPTER))
         ours = partial(
             matmul_triton, left, left_scale, "e4m3", codes, scale, segments, torch.bfloat16
         )

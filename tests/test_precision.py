@@ -230,6 +230,33 @@ def test_parameter_types_survive_training_and_the_trip_through_lightning() -> No
         assert not layer.codes.requires_grad
 
 
+def test_transposed_copies_of_sharded_codes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin = FalqonPrecision(rank=4, keep_transposed=True)
+    net = nn.Sequential(nn.Linear(16, 24))
+    plugin.convert(net)
+    layers = melded_layers(net).values()
+    assert all(layer.backbone_matmul.keep_transposed for layer in layers)
+    plugin.connect(net, [], [])
+    monkeypatch.setattr("falqon.precision.DTensor", nn.Parameter)  # as FSDP2 leaves them
+    with pytest.raises(InputError, match="keep_transposed keeps whole weights.*sharded"):
+        plugin.connect(net, [], [])
+    FalqonPrecision.connect(FalqonPrecision(rank=4), net, [], [])
+
+
+def test_a_device_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: torch.device) -> None:
+        raise InputError(f"{device} is too old")
+
+    plugin = FalqonPrecision(rank=4)
+    net = nn.Sequential(nn.Linear(16, 24))
+    plugin.convert(net)
+    monkeypatch.setattr("falqon.kernels.devices.check", refuse)
+    with pytest.raises(InputError, match="cpu is too old"):
+        plugin.connect(net, [], [])
+    with pytest.raises(InputError, match="cpu is too old"):
+        FalqonPrecision(rank=4).convert(nn.Sequential(nn.Linear(16, 24)), device="cpu")
+
+
 def test_a_buffer_in_no_optimizer_is_refused() -> None:
     class Forgetful(Net):
         def configure_optimizers(self) -> Any:

@@ -13,6 +13,8 @@ from falqon.errors import InputError
 
 LONGEST_ROW = 32768
 """Values of a row that fit into the registers of one program of 16 warps."""
+LONGEST_NORMED_ROW = 16384
+"""The same where two tensors meet; no known model has a larger hidden size."""
 OLDEST = 80
 """Compute capability of the oldest NVIDIA GPUs that Triton compiles for (Ampere)."""
 

@@ -191,8 +191,10 @@ def configurations(
     square, flat = {"BLOCK_M": 128, "BLOCK_N": 128}, {"BLOCK_M": 64, "BLOCK_N": 128}
     wide = {"BLOCK_M": 128, "BLOCK_N": 256}
     block = 128 if arch in (90, 100) else 64
-    if arch == 100:
-        chosen = [(square, 8, 4), (flat, 4, 4)] + ([(wide, 8, 3)] if segments <= 2 else [])
+    if not aligned:
+        chosen = [(flat, 4, 3), (flat, 4, 4)]
+    elif arch == 100:
+        chosen = [(square, 8, 3), (flat, 4, 4)] + ([(wide, 8, 3)] if segments <= 2 else [])
     elif arch in (89, 90, 120) and not row_major:
         chosen = [(square, 8, 3), (square, 8, 4), (flat, 4, 4)]
     else:
@@ -291,14 +293,18 @@ def matmul_triton(
         left, right = left.view(kind), right.view(torch.float8_e4m3fn)
     aligned = all(x.shape[1] % ALIGNMENT == 0 and x.data_ptr() % 16 == 0 for x in (left, right))
     block = configurations(arch)[0].kwargs["BLOCK_K"]
-    descriptors = native and arch >= 90 and aligned
+    regular = all(n % 16 == 0 for s in segments for n in s[:3])
+    descriptors = native and arch >= 90 and aligned and regular
     if descriptors:
         triton.set_allocator(_allocate)
     programs = processors(left.device)
     kernel: Any = tuned_matmul_kernel
     tile: dict[str, Any] = {}
     if not left.is_cuda:  # Triton's interpreter, which cannot measure
-        kernel, tile = matmul_kernel, configurations(arch, row_major)[-1].kwargs
+        kernel, tile = (
+            matmul_kernel,
+            configurations(arch, row_major, len(segments), regular)[-1].kwargs,
+        )
     with on_device(left.device):
         kernel[(programs,)](
             left,
@@ -325,7 +331,7 @@ def matmul_triton(
             NATIVE=native,
             DESCRIPTORS=descriptors,
             WHOLE=depth % block == 0,
-            ALIGNED=all(n % 16 == 0 for s in segments for n in s[:3]),
+            ALIGNED=regular,
             ARCH=arch,
             SEGMENTS=len(segments),
             PROGRAMS=programs,

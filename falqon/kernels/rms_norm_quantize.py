@@ -101,7 +101,7 @@ class RmsNormQuantize(nn.Module):
 
     def forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `rms_norm_quantize`."""
-        if devices.uses_kernels(x) and x.shape[1] <= devices.LONGEST_ROW:
+        if devices.uses_kernels(x) and x.shape[1] <= devices.LONGEST_NORMED_ROW:
             done = rms_norm_quantize_gpu(x, weight, self.eps, self.fmt.name, self.scale_rounding)
             return done[0], done[1], done[2]
         return rms_norm_quantize(x, weight, self.eps, self.fmt, self.scale_rounding)
@@ -110,7 +110,7 @@ class RmsNormQuantize(nn.Module):
         self, grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor
     ) -> tuple[Tensor, None]:
         """Gradients of `x` and of the weight (none); see `rms_norm_grad`."""
-        if devices.uses_kernels(x) and x.shape[1] <= devices.LONGEST_ROW:
+        if devices.uses_kernels(x) and x.shape[1] <= devices.LONGEST_NORMED_ROW:
             return rms_norm_grad_gpu(grad, x, weight, inverse_rms), None
         return rms_norm_grad(grad, x, weight, inverse_rms), None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from falqon.errors import InputError
 from falqon.fp8 import Format
-from falqon.kernels.devices import LONGEST_ROW, has_fp8_units, on_device
+from falqon.kernels.devices import LONGEST_NORMED_ROW, has_fp8_units, on_device
 from falqon.kernels.triton_fp8 import encode, magnitude_bits, round_to, scale_of, widen
 from falqon.recipe import ScaleRounding
 
@@ -81,12 +81,12 @@ def row_block(features: int) -> dict[str, Any]:
     Raises:
         InputError: if it does not fit on the chip.
     """
-    if features > LONGEST_ROW:
+    if features > LONGEST_NORMED_ROW:
         raise InputError(
             f"rows of {features} values do not fit into a program; use separate norm and Quantize."
         )
     block = triton.next_power_of_2(max(features, 16))
-    return {"BLOCK": block, "num_warps": 32 if block > 16384 else min(16, max(1, block // 512))}
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
 
 
 def rms_norm_quantize_triton(

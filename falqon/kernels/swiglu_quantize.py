@@ -87,7 +87,7 @@ class SwigluQuantize(nn.Module):
 
     def forward(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """See `swiglu_quantize`."""
-        if devices.uses_kernels(gate) and gate.shape[1] <= devices.LONGEST_ROW:
+        if devices.uses_kernels(gate):
             done = swiglu_quantize_gpu(gate, up, self.fmt.name, self.scale_rounding)
             return done[0], done[1]
         return swiglu_quantize(gate, up, self.fmt, self.scale_rounding)

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from falqon.fp8 import Format
-from falqon.kernels.devices import has_fp8_units, on_device
-from falqon.kernels.rms_norm_quantize_triton import row_block
+from falqon.kernels.devices import LONGEST_NORMED_ROW, has_fp8_units, on_device
 from falqon.kernels.triton_fp8 import encode, magnitude_bits, round_to, scale_of, widen
 from falqon.recipe import ScaleRounding
 
 BLOCK = 1024
 WARPS = 4
+
+
+@triton.jit
+def _product(gate, up, column, features):  # type: ignore[no-untyped-def]
+    """`silu(gate) up` with the roundings of the separate operations, so that codes are theirs."""
+    g = widen(tl.load(gate + column, mask=column < features, other=0.0))
+    u = widen(tl.load(up + column, mask=column < features, other=0.0))
+    activated = round_to(tl.div_rn(g, 1.0 + tl.exp(-g)), gate.dtype.element_ty)
+    return round_to(activated * u, gate.dtype.element_ty)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -30,19 +40,23 @@ def swiglu_quantize_kernel(  # type: ignore[no-untyped-def]
     POWER_OF_TWO: tl.constexpr,
     HARDWARE: tl.constexpr,
     BLOCK: tl.constexpr,
+    ONCE: tl.constexpr,  # a row is one block; longer ones are read twice
 ):
     """One row: two reads and one write a value."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < features
-    g = widen(tl.load(gate + row * gate_stride + column, mask=inside, other=0.0))
-    u = widen(tl.load(up + row * up_stride + column, mask=inside, other=0.0))
-    # The roundings of the separate operations, so that the codes are theirs.
-    activated = round_to(tl.div_rn(g, 1.0 + tl.exp(-g)), gate.dtype.element_ty)
-    product = round_to(activated * u, gate.dtype.element_ty)
-    factor = scale_of(tl.max(magnitude_bits(product), axis=0), FORMAT, POWER_OF_TWO)
-    out = encode(product * factor, FORMAT, HARDWARE)
-    tl.store(codes + row * features + column, out, mask=inside)
+    largest = tl.zeros((BLOCK,), tl.int32)
+    product = tl.zeros((BLOCK,), tl.float32)
+    for first in tl.range(0, features, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        product = _product(gate + row * gate_stride, up + row * up_stride, column, features)
+        largest = tl.maximum(largest, magnitude_bits(product))
+    factor = scale_of(tl.max(largest, axis=0), FORMAT, POWER_OF_TWO)
+    for first in tl.range(0, features, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        if not ONCE:
+            product = _product(gate + row * gate_stride, up + row * up_stride, column, features)
+        out = encode(product * factor, FORMAT, HARDWARE)
+        tl.store(codes + row * features + column, out, mask=column < features)
     tl.store(scale + row, factor)
 
 
@@ -76,6 +90,14 @@ def swiglu_grad_kernel(  # type: ignore[no-untyped-def]
     tl.store(grad_gate + at, of_gate.to(gate.dtype.element_ty), mask=inside)
 
 
+def long_row_block(features: int) -> dict[str, Any]:
+    """Block that holds a row, or parts of a long one."""
+    block = triton.next_power_of_2(max(features, 16))
+    block = block if block <= LONGEST_NORMED_ROW else LONGEST_NORMED_ROW // 2
+    warps = min(16, max(1, block // 512))
+    return {"BLOCK": block, "ONCE": features <= block, "num_warps": warps}
+
+
 def swiglu_quantize_triton(
     gate: Tensor, up: Tensor, fmt: Format, rounding: ScaleRounding
 ) -> tuple[Tensor, Tensor]:
@@ -106,7 +128,7 @@ def swiglu_quantize_triton(
                 FORMAT=4 if fmt.name == "e4m3" else 5,
                 POWER_OF_TWO=rounding == "power_of_two",
                 HARDWARE=has_fp8_units(gate.device),
-                **row_block(features),
+                **long_row_block(features),
             )
     return codes, scale
 
