@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from safetensors.torch import load_file, save_file
 
 from falqon.checkpoint import read_checkpoint, training_hash
@@ -143,6 +144,25 @@ def test_a_killed_run_resumes_to_the_same_bits(
     cli("fit", config, f"--ckpt_path={checkpoint}")
     assert digest(killed) == digest(straight)
     assert [int(r["step"]) for r in rows(killed) if r["train/loss"]] == list(range(80))
+
+
+def test_a_run_that_dies_right_after_a_checkpoint_has_the_row_of_its_step(
+    cli: Callable, tiny_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run()
+    root = set_root(config, tmp_path / "run")
+    save = Trainer.save_checkpoint
+
+    def save_and_die(self: Trainer, path: Any, *args: Any, **kwargs: Any) -> None:
+        save(self, path, *args, **kwargs)
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", save_and_die)
+    with pytest.raises(RuntimeError, match="killed"):
+        cli("fit", config)
+    done = read_checkpoint(root / "checkpoints" / "last.ckpt")["global_step"]
+    steps = [int(row["step"]) for row in rows(root) if row["train/loss"]]
+    assert steps == list(range(done))
 
 
 def test_accumulated_batches_equal_one_large_batch(

@@ -47,6 +47,7 @@ class MetricsCSV(Logger):
         super().__init__()
         self._save_dir = os.fspath(save_dir)
         self._columns: list[str] | None = None  # None until the file has been looked at
+        self._last: dict[str, str] | None = None
 
     @property
     def name(self) -> str:
@@ -86,7 +87,8 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Append one row.
+        """Append one row, unless it is the one that was just written: whoever needs a row on the
+        disk early may log it before Lightning does.
 
         Args:
             metrics: Numbers, or tensors of one element, by name.
@@ -97,6 +99,8 @@ class MetricsCSV(Logger):
         """
         row = {name: _text(value) for name, value in metrics.items()}
         row["step"] = "" if step is None else str(int(step))
+        if row == self._last:
+            return
         with _named(self.path):
             columns = self._open()
             new = [name for name in row if name not in columns]
@@ -105,6 +109,7 @@ class MetricsCSV(Logger):
                 _replace(self.path, columns, _read(self.path)[1])
                 self._columns = columns
             _append(self.path, _line([row.get(name, "") for name in columns]))
+        self._last = row
 
     @rank_zero_only
     def resume_at(self, step: int) -> None:
@@ -117,6 +122,7 @@ class MetricsCSV(Logger):
         Raises:
             InputError: The file cannot be written, or is not a metrics file.
         """
+        self._last = None
         with _named(self.path):
             if not self.path.is_file():
                 return

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
+from falqon.callbacks.csv_logger import MetricsCSV
 from falqon.errors import InputError
 
 
@@ -65,6 +67,7 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        _write_metrics(trainer)
         if self.monitor is None:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         elif trainer.global_step % self._every_n_train_steps == 0:
@@ -92,6 +95,22 @@ class RunCheckpoint(ModelCheckpoint):
             self.last_model_path = str(self.last_path)
             trainer.save_checkpoint(self.last_model_path)
         self._saved_step = step
+
+
+def _write_metrics(trainer: Trainer) -> None:
+    """Write the step's row of metrics.csv now.
+
+    Lightning does so right after its callbacks: a run that is killed between a checkpoint and that
+    would resume behind a row that was never written.
+    """
+    connector = trainer._logger_connector
+    if trainer.fit_loop._should_accumulate() or not connector.should_update_logs:
+        return
+    metrics = convert_tensors_to_scalars(connector.metrics["log"])
+    metrics.setdefault("epoch", trainer.current_epoch)
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsCSV) and metrics:
+            logger.log_metrics(metrics, trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def _is_final_step(trainer: Trainer) -> bool:
