@@ -27,6 +27,9 @@ from falqon.errors import InputError
 from falqon.precision import FalqonPrecision
 
 
+SERVED = "served.ckpt"
+
+
 class RunConfig(SaveConfigCallback):
     """Writes the resolved configuration to `<default_root_dir>/config.yaml` and to the loggers."""
 
@@ -174,7 +177,7 @@ class FalqonCLI(LightningCLI):
         """Validate what would be served, if that has not happened yet, and print the report.
 
         Pending changes are written into the codes for it; the checkpoints, saved before, hold them
-        as pending.
+        as pending. The weights after it are saved as `<default_root_dir>/served.ckpt`.
         """
         if self.trainer.fast_dev_run or self.trainer.interrupted:  # type: ignore[attr-defined]
             return
@@ -190,6 +193,15 @@ class FalqonCLI(LightningCLI):
             report.closing = True
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         report.finish(self.trainer, self.model)
+        if isinstance(plugin, FalqonPrecision):
+            self._save_served(plugin)
+
+    def _save_served(self, plugin: FalqonPrecision) -> None:
+        """Save the weights with nothing pending: those that were validated, for `falqon export`."""
+        if plugin.is_pending():  # there was no closing validation
+            getattr(self.model, "flush", plugin.flush)()
+        # Saved after the loop ended, so it is not to be resumed from: hence not in checkpoints/.
+        self.trainer.save_checkpoint(Path(self.trainer.default_root_dir) / SERVED)
 
 
 def _holds_run(root: Path) -> bool:
