@@ -22,12 +22,9 @@ from falqon.callbacks.report import RunReport
 from falqon.callbacks.run_checkpoint import RunCheckpoint
 from falqon.callbacks.run_dir import restore_archived_run
 from falqon.callbacks.throughput import Throughput
-from falqon.checkpoint import AtomicCheckpointIO, read_checkpoint
+from falqon.checkpoint import SERVED, AtomicCheckpointIO, read_checkpoint
 from falqon.errors import InputError
 from falqon.precision import FalqonPrecision
-
-
-SERVED = "served.ckpt"
 
 
 class RunConfig(SaveConfigCallback):
@@ -201,7 +198,8 @@ class FalqonCLI(LightningCLI):
         if plugin.is_pending():  # there was no closing validation
             getattr(self.model, "flush", plugin.flush)()
         # Saved after the loop ended, so it is not to be resumed from: hence not in checkpoints/.
-        self.trainer.save_checkpoint(Path(self.trainer.default_root_dir) / SERVED)
+        path = Path(self.trainer.default_root_dir) / SERVED
+        self.trainer.save_checkpoint(path, weights_only=False)
 
 
 def _holds_run(root: Path) -> bool:
