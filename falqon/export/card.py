@@ -30,22 +30,21 @@ def model_card(report: dict[str, Any], trained: Trained, base: str | None) -> st
     header: dict[str, Any] = {"library_name": "transformers", "tags": ["falqon", "fp8"]}
     if base:
         header["base_model"] = base
-    fp8 = report["format"] == "compressed-tensors"
     weights = (
         f"{report['melded_layers']} linear layers are FP8 (E4M3, compressed-tensors, one scale a "
-        "row, dynamic scales of activations per token)"
-        if fp8
-        else f"all of it is bf16; the values of {report['melded_layers']} linear layers come from "
-        "FP8 codes"
+        "row, dynamic scales of activations per token), all else is bf16. Linear layers not in "
+        f"FP8: {', '.join(f'`{name}`' for name in report['ignore']) or 'none'}."
+        if report["format"] == "compressed-tensors"
+        else f"all of it is bf16; {report['melded_layers']} linear layers hold the values of FP8 "
+        "codes."
     )
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         "# Fine-tuned with FALQON",
         f"Trained from `{report['model']}` for {report['global_step']} optimizer steps with FALQON "
         f"(LoRA melded into an FP8 backbone, arXiv:2510.24061), update preset "
-        f"`{settings['update']}`, rank {settings['rank']}. These are the weights of the end of "
-        f"training, with everything that was learned written into them: {weights}. Not in FP8: "
-        f"{', '.join(f'`{name}`' for name in report['ignore']) or 'no linear layer'}.",
+        f"`{settings['update']}`, rank {settings['rank']}. The weights hold everything that was "
+        f"learned by then: {weights}",
         _rounded(report),
         "## Losses",
         _losses(trained),

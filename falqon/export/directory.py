@@ -57,6 +57,7 @@ def new_directory(target: str | Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.iterdir():
+            file.chmod(temporary.stat().st_mode & 0o666)  # safetensors: for the owner only
             _sync(file)
         _sync(temporary)
         temporary.rename(target)

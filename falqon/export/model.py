@@ -154,8 +154,8 @@ def format_report(report: dict[str, Any]) -> str:
         f"{'exported':<16} {report['checkpoint']} (step {report['global_step']})",
         f"{'as':<16} {report['format']}, {report['bytes']:,} bytes",
         f"{'to':<16} {report['output']}",
-        f"{'FP8 layers':<16} {report['melded_layers']}",
-        f"{'not FP8':<16} {', '.join(report['ignore']) or 'none'}",
+        f"{'melded layers':<16} {report['melded_layers']}",
+        f"{'not melded':<16} {', '.join(report['ignore']) or 'none'}",
         f"{'training SHA-256':<16} {report['training_sha256']}",
     ]
     if report["rounded"]:

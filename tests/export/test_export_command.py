@@ -59,6 +59,8 @@ def test_json_and_text(
         "tokenizer.json",
         "chat_template.jinja",
     } <= names
+    modes = {path.stat().st_mode for path in out.iterdir()}
+    assert modes == {case.file.stat().st_mode}  # readable for whom the umask says
     sizes = {path.name: path.stat().st_size for path in out.iterdir()}
     assert report["bytes"] == sum(sizes.values()) - sizes["README.md"]
     assert main(["export", str(case.file), "--output", str(tmp_path / "b"), "--format=bf16"]) == 0
