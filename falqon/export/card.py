@@ -31,12 +31,11 @@ def model_card(report: dict[str, Any], trained: Trained, base: str | None) -> st
     if base:
         header["base_model"] = base
     weights = (
-        f"{report['melded_layers']} linear layers are FP8 (E4M3, compressed-tensors, one scale a "
-        "row, dynamic scales of activations per token), all else is bf16. Linear layers not in "
-        f"FP8: {', '.join(f'`{name}`' for name in report['ignore']) or 'none'}."
+        "linear layers are FP8 (E4M3, compressed-tensors, one scale a row, dynamic scales of "
+        "activations per token), all else is bf16. Linear layers not in FP8:"
+        f" {', '.join(f'`{name}`' for name in report['ignore']) or 'none'}."
         if report["format"] == "compressed-tensors"
-        else f"all of it is bf16; {report['melded_layers']} linear layers hold the values of FP8 "
-        "codes."
+        else f"all of it is bf16, the {report['melded_layers']} melded linear layers too."
     )
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",

@@ -56,7 +56,8 @@ def export_model(
 
     Returns:
         Plain values, ready for JSON: `output`, `format`, `checkpoint`, `global_step`, `model`,
-        `melded_layers`, `ignore` (linear layers that are not in FP8), `rounded` (tensors that
+        `melded_layers`, `ignore` (linear layers not stored as codes; with `bf16` those that were
+        not melded), `rounded` (tensors that
         bfloat16 does not hold exactly), `bytes`, `files` (bytes and SHA-256 of each) and
         `training_sha256`.
 
@@ -155,7 +156,7 @@ def format_report(report: dict[str, Any]) -> str:
         f"{'as':<16} {report['format']}, {report['bytes']:,} bytes",
         f"{'to':<16} {report['output']}",
         f"{'melded layers':<16} {report['melded_layers']}",
-        f"{'not melded':<16} {', '.join(report['ignore']) or 'none'}",
+        f"{'other layers':<16} {', '.join(report['ignore']) or 'none'}",
         f"{'training SHA-256':<16} {report['training_sha256']}",
     ]
     if report["rounded"]:

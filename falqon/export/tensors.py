@@ -43,10 +43,12 @@ class Tensors:
         outline: The Hugging Face model without data, for its names, shapes and ties.
         format: `compressed-tensors` stores melded layers as `weight` float8_e4m3fn [out, in] and
             `weight_scale` float32 [out, 1], value = code * weight_scale; `bf16` stores their
-            values. Everything else is bfloat16.
+            values. Everything else is bfloat16, a melded output embedding too: SGLang reads its
+            codes as values, without the scale (sgl-project/sglang#34904).
 
     Attributes:
-        ignore: Full names of the linear layers that were not melded.
+        ignore: Full names of the linear layers that are not stored as codes, or with `bf16` were
+            not melded.
         rounded: Names of tensors, of those made so far, that bfloat16 does not hold exactly.
 
     Raises:
@@ -65,11 +67,11 @@ class Tensors:
                 f"models of type {outline.config.model_type} have other weights in files than in "
                 "memory (fused experts, for example); these are not exported yet."
             )
-        self.ignore = [
-            name
-            for name, module in outline.named_modules()
-            if isinstance(module, nn.Linear) and name not in trained.layers
-        ]
+        linear = {n: m for n, m in outline.named_modules() if isinstance(m, nn.Linear)}
+        head = outline.get_output_embeddings() if format == "compressed-tensors" else None
+        melded = [name for name in linear if name in trained.layers]
+        coded = [name for name in melded if linear[name] is not head]
+        self.ignore = [name for name in linear if name not in coded]
         self.rounded: list[str] = []
         ties = _ties(outline)
         _check_names(trained, outline, ties)
@@ -85,7 +87,7 @@ class Tensors:
                 continue
             layer = self.trained.layers[fqn]
             numel = layer.out_features * layer.in_features
-            if self.format == "bf16":
+            if self.format == "bf16" or fqn in self.ignore:
                 yield Entry(name, 2 * numel, partial(self._values, fqn))
             else:
                 yield Entry(name, numel, partial(self._codes, fqn))

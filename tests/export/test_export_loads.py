@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from falqon import melded_layers
 from falqon.export import export_model
+from falqon.export.tensors import Format
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -162,15 +163,24 @@ def test_ignore_names_every_linear_layer_that_is_not_fp8(
     assert set(quantization["ignore"]) == mlp | {"lm_head"}
 
 
-def test_a_melded_output_embedding_is_exported_too(
-    train: Callable[..., Case], tokens: Tensor, tmp_path: Path
+@pytest.mark.parametrize("format", ["compressed-tensors", "bf16"])
+def test_a_melded_output_embedding_is_exported_as_values(
+    train: Callable[..., Case], tokens: Tensor, tmp_path: Path, format: Format
 ) -> None:
+    if format == "compressed-tensors":
+        pytest.importorskip("compressed_tensors")
     case = train("llama", output_embedding=True)
-    report = export_model(case.file, tmp_path / "out")
-    assert report["ignore"] == []
-    assert "lm_head.weight_scale" in stored(tmp_path / "out")
-    export_model(case.file, tmp_path / "plain", "bf16")
-    assert torch.equal(logits(load(tmp_path / "plain"), tokens), logits(case.plain(), tokens))
+    report = export_model(case.file, tmp_path / "out", format)
+    assert report["melded_layers"] == 15
+    assert report["ignore"] == (["lm_head"] if format == "compressed-tensors" else [])
+    head = stored(tmp_path / "out")["lm_head.weight"]
+    assert head.dtype == torch.bfloat16
+    assert torch.equal(head.float(), case.values()["lm_head.weight"])
+    plain = case.plain()
+    if format == "compressed-tensors":
+        for name in melded_layers(case.model).keys() - {"lm_head"}:
+            plain.get_submodule(name).register_forward_pre_hook(fake_quantize)
+    assert torch.equal(logits(load(tmp_path / "out"), tokens), logits(plain, tokens))
 
 
 def test_without_fp8_only_values_can_be_exported(
