@@ -104,9 +104,9 @@ def read_trained(path: str | Path) -> Trained:
 
 def _locate(path: Path) -> Path:
     served = path / SERVED
-    if not served.is_file():
+    if not served.exists():
         return locate_checkpoint(path)
-    if (path / LAST).is_file():
+    if served.is_file() and (path / LAST).is_file():  # else sharded: refused when it is read
         steps = [read_checkpoint(f, mmap=True).get("global_step") for f in (served, path / LAST)]
         if steps[0] != steps[1]:
             raise CheckpointError(

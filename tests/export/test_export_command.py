@@ -156,6 +156,9 @@ def test_a_run_is_exported_as_it_was_validated(
         capsys, tmp_path / "new", "--output", tmp_path / "no"
     )
 
+    (tmp_path / "sharded" / "served.ckpt").mkdir(parents=True)
+    assert "consolidated" in error(capsys, tmp_path / "sharded", "--output", tmp_path / "no")
+
     # A run that went on after it had ended is not exported with the weights of before.
     cli("fit", config, "--ckpt_path=last", "--trainer.max_steps=7")
     os.replace(tmp_path / "new" / "served.ckpt", root / "served.ckpt")
