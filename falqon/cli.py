@@ -91,7 +91,60 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_inspect, _add_doctor)
+def _add_export(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "export",
+        help="write a trained model for transformers, vLLM or SGLang",
+        description="Write the trained model of a run as a directory that stands alone: weights "
+        "(safetensors), configuration, tokenizer and a model card. The weights are those of the "
+        "checkpoint, bit for bit. See docs/serving.md.",
+    )
+    parser.add_argument(
+        "path",
+        help="the directory of a run (its served.ckpt), or a .ckpt file with nothing pending",
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="the new directory")
+    parser.add_argument(
+        "--format",
+        choices=("compressed-tensors", "bf16"),
+        default="compressed-tensors",
+        help="compressed-tensors: the FP8 codes and their scales (default); bf16: their values, as "
+        "an ordinary checkpoint",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="where the model that was trained is now, for its configuration and tokenizer: a "
+        "directory, .gguf file, package:NAME or hub id (default: what the checkpoint says)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the model on the hub")
+    parser.add_argument(
+        "--shard-size",
+        metavar="SIZE",
+        default="5GB",
+        help="largest weight file, in B, KB, MB or GB (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_export)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from falqon.export import export_model, format_report
+
+    report = export_model(
+        arguments.path,
+        arguments.output,
+        arguments.format,
+        model=arguments.model,
+        revision=arguments.revision,
+        shard_size=arguments.shard_size,
+    )
+    text = json.dumps(report, indent=2) if arguments.json else format_report(report)
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+_COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_inspect, _add_export, _add_doctor)
 
 
 if __name__ == "__main__":

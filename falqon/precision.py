@@ -33,7 +33,7 @@ from falqon.recipe import (
 )
 from falqon.scaling import DelayedScaling
 
-_STATE_VERSION = 2
+STATE_VERSION = 2
 
 
 class PluginState(TypedDict):
@@ -313,7 +313,7 @@ class FalqonPrecision(Precision):
     def state_dict(self) -> PluginState:  # type: ignore[override]
         """Settings, step counter, amax histories, and what the update policy keeps."""
         return {
-            "version": _STATE_VERSION,
+            "version": STATE_VERSION,
             "settings": self.settings(),
             "skipped": dict(self.report.skipped) if self.report else {},
             "steps": self.steps,
@@ -365,10 +365,10 @@ class FalqonPrecision(Precision):
             raise InputError(
                 f"{where} was not trained with FalqonPrecision and cannot be resumed with it."
             )
-        if state.get("version") != _STATE_VERSION:
+        if state.get("version") != STATE_VERSION:
             raise InputError(
                 f"{where} has plugin state version {state.get('version')}, this release reads "
-                f"version {_STATE_VERSION}: use the release that wrote it."
+                f"version {STATE_VERSION}: use the release that wrote it."
             )
         theirs, ours = _flatten(state["settings"]), _flatten(self.settings())
         differing = [

@@ -22,7 +22,7 @@ from falqon.callbacks.report import RunReport
 from falqon.callbacks.run_checkpoint import RunCheckpoint
 from falqon.callbacks.run_dir import restore_archived_run
 from falqon.callbacks.throughput import Throughput
-from falqon.checkpoint import AtomicCheckpointIO, read_checkpoint
+from falqon.checkpoint import SERVED, AtomicCheckpointIO, read_checkpoint
 from falqon.errors import InputError
 from falqon.precision import FalqonPrecision
 
@@ -174,7 +174,7 @@ class FalqonCLI(LightningCLI):
         """Validate what would be served, if that has not happened yet, and print the report.
 
         Pending changes are written into the codes for it; the checkpoints, saved before, hold them
-        as pending.
+        as pending. The weights after it are saved as `<default_root_dir>/served.ckpt`.
         """
         if self.trainer.fast_dev_run or self.trainer.interrupted:  # type: ignore[attr-defined]
             return
@@ -190,6 +190,16 @@ class FalqonCLI(LightningCLI):
             report.closing = True
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         report.finish(self.trainer, self.model)
+        if isinstance(plugin, FalqonPrecision):
+            self._save_served(plugin)
+
+    def _save_served(self, plugin: FalqonPrecision) -> None:
+        """Save the weights with nothing pending: those that were validated, for `falqon export`."""
+        if plugin.is_pending():  # there was no closing validation
+            getattr(self.model, "flush", plugin.flush)()
+        # Saved after the loop ended, so it is not to be resumed from: hence not in checkpoints/.
+        path = Path(self.trainer.default_root_dir) / SERVED
+        self.trainer.save_checkpoint(path, weights_only=False)
 
 
 def _holds_run(root: Path) -> bool:

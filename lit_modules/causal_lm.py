@@ -236,8 +236,17 @@ class LitCausalLM(LightningModule):
 
     def _flush(self) -> None:
         """Write what is pending in the proxy buffers, unless training goes on from here."""
+        if self.trainer.state.fn != "fit":
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending in the proxy buffers: the weights are then what is served.
+
+        Raises:
+            InputError: for a compensated flush without training examples to look at.
+        """
         plugin = self.trainer.precision_plugin
-        if isinstance(plugin, FalqonPrecision) and self.trainer.state.fn != "fit":
+        if isinstance(plugin, FalqonPrecision):
             plugin.flush(self._calibrate)
 
     def _check_calibration(self, plugin: FalqonPrecision) -> None:
@@ -364,8 +373,12 @@ class LitCausalLM(LightningModule):
     # -- checkpoints --------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the model's name and the untuned loss."""
-        checkpoint["LitCausalLM"] = {"model_name": self.model_name, "base_loss": self.base_loss}
+        """Add where the model came from and the untuned loss."""
+        checkpoint["LitCausalLM"] = {
+            "model_name": self.model_name,
+            "revision": self.revision,
+            "base_loss": self.base_loss,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or recipe before anything is loaded from it.

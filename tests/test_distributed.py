@@ -75,6 +75,8 @@ def test_two_ranks_agree_repeat_and_resume(
     ranks, resumed = train(config, "again", "--ckpt_path=last")
     assert ranks[0] == ranks[1]
     assert resumed == straight
+    state = read_checkpoint(tmp_path / "straight" / "served.ckpt")["state_dict"]
+    assert not any(bool(t.any()) for name, t in state.items() if name.endswith(".B"))
 
     def losses(name: str) -> list[str]:
         with (tmp_path / name / "metrics.csv").open() as file:

@@ -15,6 +15,7 @@ RUN_FILES = (
     "summary.json",
     "landed.png",
     "checkpoints",
+    "served.ckpt",
     "wandb",
     "predictions*.jsonl",
 )

@@ -1,9 +1,19 @@
 """Checkpoints: written atomically, read safely, hashed and described."""
 
 from falqon.checkpoint.hashing import hash_tensors, training_hash
-from falqon.checkpoint.io import AtomicCheckpointIO, CheckpointError, read_checkpoint
+from falqon.checkpoint.io import (
+    LAST,
+    SERVED,
+    TEMPORARY_SUFFIX,
+    AtomicCheckpointIO,
+    CheckpointError,
+    read_checkpoint,
+)
 
 __all__ = [
+    "LAST",
+    "SERVED",
+    "TEMPORARY_SUFFIX",
     "AtomicCheckpointIO",
     "CheckpointError",
     "hash_tensors",

@@ -11,12 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from falqon.checkpoint.hashing import training_hash
-from falqon.checkpoint.io import CheckpointError, read_checkpoint
+from falqon.checkpoint.io import LAST, CheckpointError, read_checkpoint
 
 METHOD = "FALQON"
 PLUGIN_KEY = "FalqonPrecision"
 _MODEL_PREFIX = "model."
-_LAST = Path("checkpoints") / "last.ckpt"
 
 
 @dataclass(frozen=True)
@@ -51,13 +50,13 @@ def locate_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir() or (path / ".metadata").is_file():  # .metadata: a sharded checkpoint
         return path
-    if (path / _LAST).exists():
-        return path / _LAST
+    if (path / LAST).exists():
+        return path / LAST
     others = sorted(str(file.relative_to(path)) for file in path.rglob("*.ckpt"))
     there = (
         f" It holds {', '.join(others[:5])}: name one." if others else " It holds no .ckpt file."
     )
-    raise CheckpointError(f"{path} is a directory without {_LAST}.{there}")
+    raise CheckpointError(f"{path} is a directory without {LAST}.{there}")
 
 
 def inspect_checkpoint(path: str | Path) -> dict[str, Any]:

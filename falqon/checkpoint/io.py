@@ -29,6 +29,9 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from falqon.errors import InputError
 
+# In a run's directory: the state to resume from, and the weights with everything pending written.
+LAST = Path("checkpoints") / "last.ckpt"
+SERVED = Path("served.ckpt")
 # Hidden, and never ".ckpt": nothing that lists checkpoints may take a half-written file for one.
 TEMPORARY_SUFFIX = ".falqon-partial"
 _STARTED = time.time()

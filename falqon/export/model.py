@@ -1,0 +1,166 @@
+"""From a checkpoint to a directory that stands alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from falqon.checkpoint import training_hash
+from falqon.errors import InputError
+from falqon.export.card import model_card
+from falqon.export.directory import (
+    DEFAULT_SHARD,
+    check_free,
+    hash_files,
+    new_directory,
+    parse_size,
+    write_weights,
+)
+from falqon.export.source import Trained, read_trained
+from falqon.export.tensors import Format, Tensors, quantization_config
+from falqon.pretrained import load_config, load_tokenizer, resolve
+
+FORMATS: tuple[str, ...] = get_args(Format)
+
+
+def export_model(
+    path: str | Path,
+    output: str | Path,
+    format: Format = "compressed-tensors",
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    shard_size: str = DEFAULT_SHARD,
+) -> dict[str, Any]:
+    """Write a trained model as a directory that transformers, vLLM and SGLang can load.
+
+    The weights are those of the checkpoint, which must have nothing pending. The model they were
+    trained from is needed for its configuration and tokenizer only.
+
+    Args:
+        path: A FALQON checkpoint, or the directory of a run.
+        output: The new directory.
+        format: `compressed-tensors` (the FP8 codes) or `bf16` (their values).
+        model: Where the trained model came from, see `falqon.pretrained.resolve`; None for what
+            the checkpoint says.
+        revision: Of `model` on the hub; None for what the checkpoint says.
+        shard_size: Largest weight file, such as `5GB`.
+
+    Returns:
+        Plain values, ready for JSON: `output`, `format`, `checkpoint`, `global_step`, `model`,
+        `melded_layers`, `ignore` (linear layers not stored as codes; with `bf16` those that were
+        not melded), `rounded` (tensors that
+        bfloat16 does not hold exactly), `bytes`, `files` (bytes and SHA-256 of each) and
+        `training_sha256`.
+
+    Raises:
+        InputError: The checkpoint cannot be used (see `falqon.export.source.read_trained`), its
+            model is not known or another one, or the output is taken or cannot be written.
+    """
+    if format not in FORMATS:
+        raise InputError(f"format is {format!r}; choose one of {', '.join(FORMATS)}.")
+    limit = parse_size(shard_size)
+    check_free(output)  # before gigabytes are read, and again when they are written
+    trained = read_trained(path)
+    name = model or trained.origin.get("model_name")
+    if not name:
+        raise InputError(
+            f"{trained.file} does not say which model was trained. Name it with --model."
+        )
+    revision = revision or (None if model else trained.origin.get("revision"))
+    outline = _outline(name, revision)
+    tokenizer = load_tokenizer(name, revision)
+    tensors = Tensors(trained, outline, format)
+    with new_directory(output) as directory:
+        write_weights(tensors, directory, limit)
+        tokenizer.save_pretrained(directory)
+        generation = directory / "generation_config.json"
+        _generation(name, revision, outline, tokenizer).to_json_file(generation)
+        if format == "compressed-tensors":
+            outline.config.quantization_config = quantization_config(tensors.ignore)
+        outline.config.save_pretrained(directory)
+        report = _report(trained, name, tensors, directory)
+        card = model_card(report, trained, base=None if resolve(name).is_local else name)
+        (directory / "README.md").write_text(card, encoding="utf-8")
+    return {"output": str(output), **report}
+
+
+def _report(trained: Trained, name: str, tensors: Tensors, directory: Path) -> dict[str, Any]:
+    files = hash_files(directory)
+    return {
+        "format": tensors.format,
+        "checkpoint": str(trained.file),
+        "global_step": trained.step,
+        "model": name,
+        "melded_layers": len(trained.layers),
+        "ignore": tensors.ignore,
+        "rounded": tensors.rounded,
+        "bytes": sum(int(file["bytes"]) for file in files.values()),
+        "files": files,
+        "training_sha256": training_hash(trained.checkpoint),
+    }
+
+
+def _outline(name: str, revision: str | None) -> PreTrainedModel:
+    """The model without data, for names, shapes and ties; its config ready to be written."""
+    try:
+        config = load_config(name, revision=revision)
+    except InputError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise InputError(
+            f"model {name!r} needs Python code of its own, which an export would have to carry: "
+            "that is not supported."
+        ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"model {name!r} is stored quantised: name the model that was trained.")
+    try:
+        with torch.device("meta"):
+            outline = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        text = str(error).strip().split("\n", maxsplit=1)[0]
+        raise InputError(f"model {name!r} cannot be built as a causal LM: {text}") from error
+    outline.config.dtype = torch.bfloat16
+    outline.config.architectures = [type(outline).__name__]  # GGUF does not name it
+    outline.name_or_path = name
+    return outline
+
+
+def _generation(
+    name: str, revision: str | None, outline: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> GenerationConfig:
+    """The model's own generation settings; without any, those that its config implies."""
+    source = resolve(name)
+    try:
+        where: dict[str, Any] = {} if revision is None else {"revision": revision}
+        settings = GenerationConfig.from_pretrained(source.path, **where)
+    except OSError:
+        settings = outline.generation_config or GenerationConfig()
+    if settings.eos_token_id is None:
+        settings.eos_token_id = tokenizer.eos_token_id
+    return settings
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """Lay out the result of `export_model` for a terminal, without a line end after the last."""
+    lines = [
+        f"{'exported':<16} {report['checkpoint']} (step {report['global_step']})",
+        f"{'as':<16} {report['format']}, {report['bytes']:,} bytes",
+        f"{'to':<16} {report['output']}",
+        f"{'melded layers':<16} {report['melded_layers']}",
+        f"{'other layers':<16} {', '.join(report['ignore']) or 'none'}",
+        f"{'training SHA-256':<16} {report['training_sha256']}",
+    ]
+    if report["rounded"]:
+        count, first = len(report["rounded"]), report["rounded"][0]
+        lines.append(f"{'rounded to bf16':<16} {count} tensors that it does not hold ({first} ...)")
+    lines += [f"  {file['sha256']}  {name}" for name, file in report["files"].items()]
+    return "\n".join(lines)
