@@ -153,11 +153,6 @@ class LitCausalLM(LightningModule):
                 f"compare_with_base measures the model before it is melded, and {self.model_name} "
                 "holds it melded. Set it to false, or name the original model."
             )
-        if self.revision is not None:
-            raise InputError(
-                f"revision={self.revision!r} belongs to hub ids, but model_name "
-                f"{self.model_name!r} is local. Remove revision."
-            )
         directory.check_settings(plugin.fp8, plugin.melding, plugin.dtype_name)
         return load_melded(
             directory,
