@@ -19,7 +19,7 @@ from falqon.errors import InputError
 from falqon.precision import FalqonPrecision
 from falqon.premeld.directory import MeldedDirectory, open_melded
 from falqon.premeld.load import load_melded
-from falqon.pretrained import load_model
+from falqon.pretrained import load_model, resolve
 from lit_modules.loss import supervised_loss
 from lit_modules.schedules import WarmupConstant
 
@@ -122,7 +122,7 @@ class LitCausalLM(LightningModule):
         device = self.trainer.strategy.root_device
         premelded = None
         if isinstance(plugin, FalqonPrecision):
-            premelded = open_melded(self.model_name)
+            premelded = open_melded(resolve(self.model_name).path)
         with torch.device("cpu"):
             if isinstance(plugin, FalqonPrecision) and premelded is not None:
                 model = self._load_melded(premelded, plugin)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -438,6 +440,21 @@ def test_a_full_disk_leaves_nothing(
     text = error(meld_command(source, tmp_path / "out"), capsys)
     assert "No space left on device" in text and str(tmp_path / "out") in text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed(source: Path, tmp_path: Path) -> None:
+    left, used, other = (
+        tmp_path / f".{name}.0123.falqon-partial" for name in ("out", "out.x", "another")
+    )
+    for directory in (left, used, other):
+        directory.mkdir()
+        (directory / "part").write_bytes(b"codes")
+    used = used.rename(tmp_path / ".out.4567.falqon-partial")
+    descriptor = os.open(used, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)  # another process at work
+    premeld(str(source), tmp_path / "out", melding=MELDING)
+    os.close(descriptor)
+    assert {file.name for file in tmp_path.iterdir()} == {"out", used.name, other.name}
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def open_melded(path: str | Path) -> MeldedDirectory | None:
     """Read the manifest of a directory with a melded model; None if it is none.
 
     Args:
-        path: a model name as in `falqon.pretrained`.
+        path: the directory, or anything else that a model name was resolved to.
 
     Raises:
         InputError: if the manifest cannot be read, or `config.json` is not as it was written.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -224,9 +226,12 @@ def _staging(output: Path) -> Iterator[Path]:
     """A directory that takes the output's place if, and only if, all went well."""
     staging = output.parent / f".{output.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
     try:
-        staging.mkdir(parents=True)
-        yield staging
-        os.replace(staging, output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(output)
+        staging.mkdir()
+        with _locked(staging):
+            yield staging
+            os.replace(staging, output)
     except OSError as error:
         free = "unknown"
         with contextlib.suppress(OSError):
@@ -237,6 +242,28 @@ def _staging(output: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold a directory's lock, which the system lets go when the process ends, however it does.
+
+    Raises:
+        BlockingIOError: if another process holds it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(output: Path) -> None:
+    """Delete what killed processes left of the same output; what is being written is locked."""
+    for leftover in output.parent.glob(f".{glob.escape(output.name)}.*{TEMPORARY_SUFFIX}"):
+        with contextlib.suppress(BlockingIOError), _locked(leftover):
+            shutil.rmtree(leftover)
 
 
 def _write_synced(file: Path, text: str) -> None:
