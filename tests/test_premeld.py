@@ -464,7 +464,8 @@ def test_what_a_killed_process_left_is_removed(source: Path, tmp_path: Path) -> 
         (["--recipe", "fp4"], "unknown FP8 recipe 'fp4'"),
         (["--recipe", "{1"], "is not JSON"),
         (["--include", "nothing"], "no layer of LlamaForCausalLM can be melded"),
-        (["--device", "abacus"], "is no device"),
+        (["--device", "abacus"], "is no device here; there is cpu"),
+        (["--device", "cuda:99"], "is no device here; there is cpu"),
         (["--revision", "main"], "Remove revision"),
     ],
 )
@@ -547,6 +548,9 @@ def test_changed_config_and_manifest(melded: Path) -> None:
     text = manifest.read_text()
     manifest.write_text(text.replace('"version": 1', '"version": 9'))
     with pytest.raises(InputError, match="version 9; this release reads"):
+        open_melded(melded)
+    manifest.write_text(text.replace('"tensors": ', '"others": '))
+    with pytest.raises(InputError, match=r"falqon\.json cannot be read \(KeyError\('tensors'"):
         open_melded(melded)
     manifest.write_text(text[:100])
     with pytest.raises(InputError, match=r"falqon\.json cannot be read"):

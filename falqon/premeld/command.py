@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--svd",
         choices=("randomized", "full"),
         default=default.svd,
-        help="(default: %(default)s; full takes minutes a layer at 7B)",
+        help="how A is computed; full takes minutes a layer at 7B (default: %(default)s)",
     )
     add(
         "--seed",
@@ -100,8 +100,6 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         InputError: see `falqon.premeld.premeld`.
     """
-    import torch
-
     from falqon.premeld.run import format_report, premeld
 
     melding = MeldRecipe(
@@ -113,11 +111,6 @@ def run(arguments: argparse.Namespace) -> int:
         svd=arguments.svd,
         seed=arguments.seed,
     )
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"--device {device!r} is no device; give cpu, cuda or cuda:N.") from error
     report = premeld(
         arguments.model,
         Path(arguments.output),
@@ -125,13 +118,25 @@ def run(arguments: argparse.Namespace) -> int:
         melding,
         dtype=arguments.dtype,
         keep_weights=arguments.keep_weights,
-        device=device,
+        device=_device(arguments.device),
         revision=arguments.revision,
         progress=ProgressLine(),
     )
     text = json.dumps(report, indent=2) if arguments.json else format_report(report)
     sys.stdout.write(text + "\n")
     return 0
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    count = torch.cuda.device_count()
+    names = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
+    if name is None:
+        return "cuda" if count else "cpu"
+    if name not in names:
+        raise InputError(f"--device {name!r} is no device here; there is {', '.join(names)}.")
+    return name
 
 
 def _parse_recipe(text: str) -> str | dict[str, Any]:

@@ -30,6 +30,8 @@ MANIFEST = "falqon.json"
 FORMAT = "falqon-melded"
 VERSION = 1
 WEIGHTS, ORIGINALS = "melded", "originals"
+_KEYS = {"settings", "layers", "skipped", "bytes_before", "bytes_after"}
+_KEYS |= {"originals", "files", "tensors"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -198,6 +200,8 @@ def open_melded(path: str | Path) -> MeldedDirectory | None:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         found = (manifest["format"], manifest["version"])
+        if found == (FORMAT, VERSION) and not manifest.keys() >= _KEYS:
+            raise KeyError(min(_KEYS - manifest.keys()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{file} cannot be read ({error!r}). Meld the model again (falqon meld)."
@@ -209,6 +213,6 @@ def open_melded(path: str | Path) -> MeldedDirectory | None:
         )
     directory = MeldedDirectory(path, manifest)
     config = path / "config.json"
-    if not config.is_file() or describe(config) != manifest["files"]["config.json"]:
+    if not config.is_file() or describe(config) != manifest["files"].get("config.json"):
         raise directory._damaged("config.json", "it is missing or was changed")
     return directory
