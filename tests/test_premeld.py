@@ -94,14 +94,16 @@ def test_bytes_are_those_of_melding_in_memory(
 ) -> None:
     path = make(tmp_path / "source", shard, **config)
     assert (path / SINGLE).is_file() == (shard == "5GB")
-    report = premeld(str(path), tmp_path / "out", melding=MELDING, shard_bytes=8000)
+    # A small sketch: with the default one the SVD of such small matrices is the full one.
+    melding = MeldRecipe(rank=RANK, oversampling=2, power_iterations=2)
+    report = premeld(str(path), tmp_path / "out", melding=melding, shard_bytes=8000)
     assert report["whole"] is None
     assert len([name for name in report["files"] if name.startswith("melded")]) > 2
     directory = open_melded(tmp_path / "out")
     assert directory is not None
-    expected = in_memory(path, Fp8Recipe(), MELDING)
-    model = load_melded(directory, Fp8Recipe(), MELDING)
-    meld(model, Fp8Recipe(), MELDING)
+    expected = in_memory(path, Fp8Recipe(), melding)
+    model = load_melded(directory, Fp8Recipe(), melding)
+    meld(model, Fp8Recipe(), melding)
     assert_equal_bytes(model.state_dict(), expected)
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     assert tied == config["tie_word_embeddings"]
@@ -592,5 +594,10 @@ def test_shard_writer(tmp_path: Path) -> None:
     found: dict[str, Tensor] = {}
     for name in writer.files:
         found |= load_file(tmp_path / name)
+        size = int.from_bytes((tmp_path / name).read_bytes()[:8], "little")
+        header = json.loads((tmp_path / name).read_bytes()[8 : 8 + size])
+        assert size % 8 == 0
+        for key in header.keys() - {"__metadata__"}:
+            assert header[key]["data_offsets"][0] % specs[key].dtype.itemsize == 0
     assert_equal_bytes(found, tensors)
     assert not list(tmp_path.glob(".*"))
