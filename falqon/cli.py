@@ -144,7 +144,20 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_inspect, _add_export, _add_doctor)
+def _add_meld(subparsers: Subparsers) -> None:
+    from falqon.premeld.command import add_arguments, run
+
+    parser = subparsers.add_parser("meld", help="meld a model once, into a directory to train from")
+    add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+_COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
+    _add_meld,
+    _add_inspect,
+    _add_export,
+    _add_doctor,
+)
 
 
 if __name__ == "__main__":

@@ -262,18 +262,7 @@ def meld(
     if isinstance(model, (nn.Linear, MeldedLinear)):
         raise InputError("a single layer cannot be replaced in place; use falqon.meld_linear.")
     report = MeldReport(adapter=recipe.adapter)
-    targets = []
-    for name, reason in _plan(model, recipe):
-        if reason is None:
-            targets.append(name)
-        else:
-            report.skipped[name] = reason
-    already = melded_layers(model)
-    if not targets and not already:
-        skipped = "; ".join(f"{n}: {r}" for n, r in report.skipped.items()) or "it has no nn.Linear"
-        raise InputError(f"no layer of {type(model).__name__} can be melded ({skipped}).")
-    for name in targets:  # all of them before the first is touched
-        _check_rank(name, _linear(model, name), recipe)
+    targets, report.skipped = plan(model, recipe)
     for number, name in enumerate(targets, 1):
         linear = _linear(model, name)
         melded, captured = meld_linear(linear, fp8, recipe, name=name, device=device)
@@ -307,10 +296,38 @@ def _group(model: nn.Module, report: MeldReport) -> None:
 
 def targets(model: nn.Module, recipe: MeldRecipe) -> dict[str, nn.Linear]:
     """The linear layers that `meld` would convert, by full name."""
-    return {n: _linear(model, n) for n, reason in _plan(model, recipe) if reason is None}
+    return {n: _linear(model, n) for n, reason in _reasons(model, recipe) if reason is None}
 
 
-def _plan(model: nn.Module, recipe: MeldRecipe) -> Iterator[tuple[str, str | None]]:
+def plan(model: nn.Module, recipe: MeldRecipe) -> tuple[list[str], dict[str, str]]:
+    """What `meld` is going to do, checked before the first layer is touched.
+
+    Args:
+        model: its weights are not looked at; they may be on the meta device.
+        recipe: rank and patterns.
+
+    Returns:
+        Names of the layers to meld; reasons by name of those to leave alone.
+
+    Raises:
+        InputError: if no layer is left to meld and none is melded, or for a rank that is too large.
+    """
+    names: list[str] = []
+    skipped: dict[str, str] = {}
+    for name, reason in _reasons(model, recipe):
+        if reason is None:
+            names.append(name)
+        else:
+            skipped[name] = reason
+    if not names and not melded_layers(model):
+        reasons = "; ".join(f"{n}: {r}" for n, r in skipped.items()) or "it has no nn.Linear"
+        raise InputError(f"no layer of {type(model).__name__} can be melded ({reasons}).")
+    for name in names:
+        _check_rank(name, _linear(model, name), recipe)
+    return names, skipped
+
+
+def _reasons(model: nn.Module, recipe: MeldRecipe) -> Iterator[tuple[str, str | None]]:
     """Every linear layer's name with the reason to leave it alone, or None to meld it."""
     heads = set() if recipe.output_embedding else _output_embeddings(model)
     owners: dict[int, list[str]] = {}

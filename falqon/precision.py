@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -19,6 +20,7 @@ from falqon.errors import InputError
 from falqon.kernels import devices
 from falqon.linear import MeldedLinear
 from falqon.meld import MeldReport, meld, melded_layers, targets
+from falqon.premeld.directory import MeldedDirectory
 from falqon.proxy import ProxyUpdate
 from falqon.recipe import (
     DEFAULT_PRESET,
@@ -146,6 +148,7 @@ class FalqonPrecision(Precision):
         module: nn.Module,
         device: torch.device | str | None = None,
         progress: Callable[[str, int, int], None] | None = None,
+        premelded: MeldedDirectory | None = None,
     ) -> nn.Module:
         """`convert_module` with a place for the melded layers and a progress callback.
 
@@ -156,14 +159,20 @@ class FalqonPrecision(Precision):
             module: model or LightningModule, changed in place.
             device: where to meld each layer; the layer's own device if None.
             progress: see `falqon.meld.meld`.
+            premelded: the directory that the module's melded layers come from.
 
         Raises:
-            InputError: for a device that the kernels cannot run on, and as `falqon.meld.meld` does.
+            InputError: for a device that the kernels cannot run on, a directory that was melded
+                with other settings or lacks original weights which the policy needs, and as
+                `falqon.meld.meld` does.
         """
         if device is not None:
             devices.check(torch.device(device))
         check_rows(module, self.update, self.melding)
         weights: dict[str, Tensor] = {}
+        if premelded is not None:
+            premelded.check_settings(self.fp8, self.melding, self.dtype_name)
+            weights = premelded.originals(self.update)
 
         def keep(name: str, weight: Tensor) -> None:
             weights[name] = weight.cpu()  # in host memory, as soon as its layer is melded
@@ -176,6 +185,10 @@ class FalqonPrecision(Precision):
             progress=progress,
             keep=keep if self.update.written == "weights" else None,
         )
+        if premelded is not None:
+            report = replace(
+                premelded.report(), grouped=report.grouped, not_grouped=report.not_grouped
+            )
         if self.report is None or report.converted:
             self.report = report
         layers = melded_layers(module)
@@ -193,7 +206,8 @@ class FalqonPrecision(Precision):
             self.layers = layers
             self.steps = 0
             self._originals_hash = ""
-            self.proxy_update = ProxyUpdate(layers, self.update, weights)
+            # Originals in a file stay there: locking them into memory would make a second copy.
+            self.proxy_update = ProxyUpdate(layers, self.update, weights, pin=premelded is None)
             self.scaling = DelayedScaling(module, self.fp8.amax_history)
             for layer in layers.values():
                 layer.backbone_matmul.keep_transposed = self.keep_transposed

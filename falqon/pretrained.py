@@ -46,6 +46,7 @@ from transformers import (
 )
 
 from falqon.errors import InputError
+from falqon.premeld.directory import is_melded
 
 PACKAGE_PREFIX = "package:"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
@@ -287,7 +288,7 @@ def load_config(
     """
     source = resolve(name)
     where = _where(source, revision)
-    with _one_error(source, revision):
+    with one_error(source, revision):
         return AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code, **where)
 
 
@@ -314,18 +315,23 @@ def load_model(
     Raises:
         InputError: The model cannot be found, read or built; it is stored quantised; or its
             files lack parameters or hold them in other shapes (transformers would make these
-            up at random).
+            up at random). A directory of `falqon meld`: see `falqon.premeld.load_melded`.
     """
     source = resolve(name)
     kwargs: dict[str, Any] = _where(source, revision)
+    if is_melded(source.path):
+        raise InputError(
+            f"model_name {name!r} holds a melded model (falqon meld), not its 16-bit weights. "
+            "Train it with FalqonPrecision, or name the model that it was melded from."
+        )
     if source.gguf_file is None:
         kwargs["use_safetensors"] = True
         config = load_config(name, trust_remote_code=trust_remote_code, revision=revision)
-        _refuse_quantized(source, config)
+        refuse_quantized(source, config)
     else:
         kwargs["quantization_config"] = GgufConfig(dequantize=True)
     # The inner device context counts: Lightning's configure_model runs under torch.device("cuda").
-    with _one_error(source, revision), torch.device("cpu"):
+    with one_error(source, revision), torch.device("cpu"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.path,
             dtype=dtype,
@@ -336,7 +342,7 @@ def load_model(
             **kwargs,
         )
     model, report = loaded
-    _check_complete(source, model, report)
+    check_complete(source, model, report)
     if not model.config.architectures:  # a GGUF header does not name the class; serving needs it
         model.config.architectures = [type(model).__name__]
     return model
@@ -365,7 +371,7 @@ def load_tokenizer(
     if not source.is_local:
         # Without a network this fails after one round of the hub client's retries, not several.
         load_config(name, trust_remote_code=trust_remote_code, revision=revision)
-    with _one_error(source, revision, what="tokenizer"):
+    with one_error(source, revision, what="tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             source.path, trust_remote_code=trust_remote_code, **_where(source, revision)
         )
@@ -410,7 +416,8 @@ def _where(source: ModelSource, revision: str | None) -> dict[str, Any]:
     return where
 
 
-def _refuse_quantized(source: ModelSource, config: PreTrainedConfig) -> None:
+def refuse_quantized(source: ModelSource, config: PreTrainedConfig) -> None:
+    """Raise InputError for weights that are stored quantised."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return
@@ -422,7 +429,8 @@ def _refuse_quantized(source: ModelSource, config: PreTrainedConfig) -> None:
     )
 
 
-def _check_complete(source: ModelSource, model: PreTrainedModel, report: dict[str, Any]) -> None:
+def check_complete(source: ModelSource, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Raise InputError if a model's loading report has parameters that no file gave."""
     wrong = sorted(report["missing_keys"])
     reason = "are missing from its files"
     if report["mismatched_keys"]:
@@ -437,7 +445,7 @@ def _check_complete(source: ModelSource, model: PreTrainedModel, report: dict[st
 
 
 @contextmanager
-def _one_error(source: ModelSource, revision: str | None, what: str = "model") -> Iterator[None]:
+def one_error(source: ModelSource, revision: str | None, what: str = "model") -> Iterator[None]:
     """Turn what the loaders raise into one message with the name and a remedy."""
     try:
         yield

@@ -78,6 +78,7 @@ class ProxyUpdate:
         recipe: the policy.
         weights: original weights [out, in] by the same names, for `written: weights`. They are
             taken out of it, and kept in host memory.
+        pin: lock what is kept for CUDA into memory, so that rows get to the device faster.
 
     Raises:
         InputError: if the policy needs original weights that are not there.
@@ -88,6 +89,7 @@ class ProxyUpdate:
         layers: dict[str, MeldedLinear],
         recipe: UpdateRecipe,
         weights: MutableMapping[str, Tensor] | None = None,
+        pin: bool = True,
     ) -> None:
         weights = {} if weights is None else weights
         self.layers = layers
@@ -109,7 +111,8 @@ class ProxyUpdate:
         self._compensates = recipe.flush_rounding == "compensated" and len(exact) < len(layers)
         self.row_update = RowUpdate(recipe.rounding)
         self.states = {
-            name: RowState(layer, recipe, weights.pop(name, None)) for name, layer in layers.items()
+            name: RowState(layer, recipe, weights.pop(name, None), pin)
+            for name, layer in layers.items()
         }
         for layer in layers.values():
             layer.live = recipe.live

@@ -46,7 +46,9 @@ class RowState:
         applied: float32 [out, r] in host memory: all of B that has been written so far, or None.
     """
 
-    def __init__(self, layer: MeldedLinear, recipe: UpdateRecipe, weight: Tensor | None) -> None:
+    def __init__(
+        self, layer: MeldedLinear, recipe: UpdateRecipe, weight: Tensor | None, pin: bool = True
+    ) -> None:
         out = layer.out_features
         self.layer = layer
         self.steps = 0
@@ -59,7 +61,7 @@ class RowState:
             assert weight is not None
             self.original = weight.cpu()
             self.applied = torch.zeros(out, layer.rank, device="cpu")
-            if layer.codes.is_cuda:
+            if layer.codes.is_cuda and pin:
                 self.original, self.applied = self.original.pin_memory(), self.applied.pin_memory()
         self.forget()
 

@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 
 from falqon.errors import InputError
 from falqon.precision import FalqonPrecision
-from falqon.pretrained import load_model
+from falqon.premeld.directory import MeldedDirectory, open_melded
+from falqon.premeld.load import load_melded
+from falqon.pretrained import load_model, resolve
 from lit_modules.loss import supervised_loss
 from lit_modules.schedules import WarmupConstant
 
@@ -35,8 +37,9 @@ class LitCausalLM(LightningModule):
     and `val/perplexity`, `test/loss` and `test/perplexity`.
 
     Args:
-        model_name: Where the model is: a hub id, a local directory, a GGUF file, or
-            `package:NAME` for a model inside an installed Python package.
+        model_name: Where the model is: a hub id, a local directory, a GGUF file,
+            `package:NAME` for a model inside an installed Python package, or a directory that
+            `falqon meld` wrote.
         optimizer: From parameters to an optimizer.
         lr_scheduler: From an optimizer to a scheduler, stepped once an optimizer step.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
@@ -117,18 +120,24 @@ class LitCausalLM(LightningModule):
         if isinstance(plugin, FalqonPrecision):
             dtype = plugin.dtype
         device = self.trainer.strategy.root_device
+        premelded = None
+        if isinstance(plugin, FalqonPrecision):
+            premelded = open_melded(resolve(self.model_name).path)
         with torch.device("cpu"):
-            model = load_model(
-                self.model_name,
-                dtype=dtype,
-                attn_implementation=self.attn_implementation,
-                trust_remote_code=self.trust_remote_code,
-                revision=self.revision,
-            )
+            if isinstance(plugin, FalqonPrecision) and premelded is not None:
+                model = self._load_melded(premelded, plugin)
+            else:
+                model = load_model(
+                    self.model_name,
+                    dtype=dtype,
+                    attn_implementation=self.attn_implementation,
+                    trust_remote_code=self.trust_remote_code,
+                    revision=self.revision,
+                )
             if self.compare_with_base and self._fits_from_start():
                 self.base_loss = self._loss_of(model.to(device))  # type: ignore[arg-type]
             if isinstance(plugin, FalqonPrecision):
-                plugin.convert(model, device=device)
+                plugin.convert(model, device=device, premelded=premelded)
                 rank_zero_info(str(plugin.report))
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(
@@ -136,6 +145,22 @@ class LitCausalLM(LightningModule):
             )
         model.train()  # Lightning leaves the mode as it is, and from_pretrained gives eval mode
         self.model = model
+
+    def _load_melded(self, directory: MeldedDirectory, plugin: FalqonPrecision) -> PreTrainedModel:
+        """The model of a directory of `falqon meld`, after a look at the settings."""
+        if self.compare_with_base and self._fits_from_start():
+            raise InputError(
+                f"compare_with_base measures the model before it is melded, and {self.model_name} "
+                "holds it melded. Set it to false, or name the original model."
+            )
+        directory.check_settings(plugin.fp8, plugin.melding, plugin.dtype_name)
+        return load_melded(
+            directory,
+            plugin.fp8,
+            plugin.melding,
+            device=self.trainer.strategy.root_device,
+            attn_implementation=self.attn_implementation,
+        )
 
     def _fits_from_start(self) -> bool:
         return self.trainer.state.fn == "fit" and not self.trainer.ckpt_path

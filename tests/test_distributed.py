@@ -13,6 +13,8 @@ import pytest
 import yaml
 
 from falqon.checkpoint import read_checkpoint, training_hash
+from falqon.premeld.run import premeld
+from falqon.recipe import MeldRecipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -169,3 +171,17 @@ def test_groups_of_sharded_codes(tmp_path: Path) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_a_melded_directory_trains_as_its_source(
+    train: Callable, tiny_run: Callable, tmp_path: Path
+) -> None:
+    config = tiny_run()
+    model = config["model"]["init_args"]
+    _, expected = train(config, "source")
+    rank = config["trainer"]["plugins"][0]["init_args"]["rank"]
+    premeld(model["model_name"], tmp_path / "melded", melding=MeldRecipe(rank=rank))
+    model["model_name"] = str(tmp_path / "melded")
+    ranks, found = train(config, "run")
+    assert ranks[0] == ranks[1]
+    assert found == expected
