@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from falqon.checkpoint import read_checkpoint, training_hash
+from falqon.cli import main as falqon_command
 from falqon.errors import InputError
 from falqon.precision import FalqonPrecision
 from falqon.premeld.directory import open_melded
@@ -66,6 +68,23 @@ def test_it_resumes_and_predicts(tiny_run: Run, cli: Cli, melded: str, tmp_path:
     assert hash_of(Path(whole)) == hash_of(Path(parts))
     cli("predict", config, "--trainer.default_root_dir", whole, "--ckpt_path", "last")
     assert (Path(whole) / "predictions.jsonl").read_text().count("\n") == 8
+
+
+def test_the_run_can_be_exported(
+    tiny_run: Run, cli: Cli, melded: str, tokenizer_dir: str, tmp_path: Path
+) -> None:
+    exported = {}
+    for name, model in (("melded", melded), ("original", tokenizer_dir)):
+        config = use(tiny_run(), model)
+        config["trainer"]["default_root_dir"] = str(tmp_path / name)
+        cli("fit", config)
+        directory = tmp_path / f"{name}-fp8"
+        assert falqon_command(["export", str(tmp_path / name), "--output", str(directory)]) == 0
+        exported[name] = load_file(directory / "model.safetensors")
+        assert (directory / "tokenizer_config.json").is_file()
+    assert exported["melded"].keys() == exported["original"].keys()
+    for name, tensor in exported["original"].items():
+        assert torch.equal(exported["melded"][name].view(torch.uint8), tensor.view(torch.uint8))
 
 
 @pytest.fixture
