@@ -175,6 +175,7 @@ def _matmuls(arch: int) -> Iterator[Build]:
                     {
                         "FORMAT": 5 if left == "fp8e5" or row_major else 4,
                         "PER_TOKEN": True,
+                        "PER_ROW": False,
                         "HAS_BIAS": segments == 6,
                         "ROW_MAJOR": row_major,
                         "NATIVE": native,

@@ -180,6 +180,12 @@ def test_vendor_matmul(outs: tuple[int, ...], per_token: bool, fmt: Any) -> None
     storages = {x.untyped_storage().data_ptr() for x in (*found, adapter)}
     assert len(storages) == len(outs) + 1
     assert all(x.is_contiguous() for x in (*found, adapter))
+    rows = 2.0 ** torch.arange(len(right)).remainder(3)
+    (row_scaled, *_), _ = vendor_matmul(
+        left, left_scale, fmt.name, right, rows, tuple(segments), torch.bfloat16, None
+    )
+    expected = exact[:, : outs[0]] / rows[: outs[0]]
+    torch.testing.assert_close(row_scaled.float(), expected, rtol=2e-2, atol=2e-2)
     (plain,), nothing = vendor_matmul(
         left,
         left_scale,

@@ -103,6 +103,23 @@ def test_forward(
         check(part, decode(left, E4M3), weight, left_scale * right_scale[number // 2], given)
 
 
+@pytest.mark.parametrize("features", [16, 129])
+def test_a_scale_for_each_output_row(features: int, device: str) -> None:
+    tokens, outs, rank = 20, (33, 16), 5
+    segments = group(outs, rank)
+    left = codes(tokens, features, E4M3, 1)
+    right = codes(sum(outs) + len(outs) * rank, features, E4M3, 3)
+    scale = scales(len(right))
+    found, adapter = matmul_triton(
+        left, torch.ones(1), "e4m3", right, scale, segments, torch.float32
+    )
+    for first, rows, column, to in segments:
+        part = adapter[:, column : column + rows] if to == ADAPTER else found[to]
+        here = slice(first, first + rows)
+        weight = decode(right[here].contiguous(), E4M3)
+        check(part, decode(left, E4M3), weight, scale[here][None, :], None)
+
+
 @pytest.mark.parametrize(
     ("tokens", "features", "outs", "rank"),
     [(17, 129, (33,), 5), (1, 1, (1,), 1), (70, 144, (272,), 16), (20, 48, (128, 256, 31), 16)],

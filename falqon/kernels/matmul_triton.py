@@ -43,7 +43,7 @@ def matmul_kernel(  # type: ignore[no-untyped-def]
     left,  # [count, depth], FP8 or uint8
     right,  # FP8 or uint8: [lines, depth], with ROW_MAJOR [lines, width]
     left_scale,  # float32 [1] or [count]
-    right_scale,  # float32 [members]
+    right_scale,  # float32 [members], with PER_ROW [lines]
     bias,  # of all members one behind the other, or anything without HAS_BIAS
     out_first,  # [count, rows of its segment]
     out_second,  # the same for a second member, or anything
@@ -61,6 +61,7 @@ def matmul_kernel(  # type: ignore[no-untyped-def]
     bucket,  # count rounded up to a power of two: what the configuration is chosen by
     FORMAT: tl.constexpr,  # of left: 4 or 5
     PER_TOKEN: tl.constexpr,
+    PER_ROW: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ROW_MAJOR: tl.constexpr,
     NATIVE: tl.constexpr,  # operands are FP8; otherwise bytes that are multiplied as float16
@@ -163,7 +164,11 @@ def matmul_kernel(  # type: ignore[no-untyped-def]
             unit = tl.load(left_scale + row, mask=row < count, other=1.0)[:, None]
         else:
             unit = tl.load(left_scale)
-        result = sums * tl.div_rn(1.0, unit * tl.load(right_scale + member))
+        if PER_ROW:
+            other = tl.load(right_scale + start + n, mask=n < size, other=1.0)[None, :]
+        else:
+            other = tl.load(right_scale + member)
+        result = sums * tl.div_rn(1.0, unit * other)
         if HAS_BIAS:
             with_bias = tl.where(to == 3, 0, size)  # rows of A have none
             given = tl.load(bias + bias_at + n, mask=n < with_bias, other=0.0)
@@ -262,7 +267,8 @@ def matmul_triton(
         left_scale: float32 [1] or [T, 1].
         fmt: of `left`, `e4m3` or `e5m2`.
         right: uint8 E4M3 codes, contiguous: [rows, K], or with `cuts` [K and rows of A, columns].
-        right_scale: float32 [members], two segments each.
+        right_scale: float32 [members], two segments each; or one for each row, [rows] (columns,
+            with `cuts`).
         segments: which rows of `right` (columns, with `cuts`) become which columns of which result;
             one for each of at most three members, in their order, and rows of A between.
         dtype: of the results.
@@ -298,6 +304,7 @@ def matmul_triton(
     if descriptors:
         triton.set_allocator(_allocate)
     programs = processors(left.device)
+    members = -(-len(segments) // 2)
     kernel: Any = tuned_matmul_kernel
     tile: dict[str, Any] = {}
     if not left.is_cuda:  # Triton's interpreter, which cannot measure
@@ -326,6 +333,7 @@ def matmul_triton(
             triton.next_power_of_2(count),
             FORMAT=4 if fmt == "e4m3" else 5,
             PER_TOKEN=left_scale.numel() > 1,
+            PER_ROW=right_scale.numel() > members,
             HAS_BIAS=bias is not None,
             ROW_MAJOR=row_major,
             NATIVE=native,

@@ -41,8 +41,9 @@ def vendor_matmul(
     per_row = left_scale.numel() > 1 or right_scale.numel() > 1
     inverse, unit = 1.0 / left_scale, 1.0 / right_scale
     if per_row:
-        owners = _owners(segments, right.shape[0], right.device)
-        unit = unit[owners][None, :]
+        if right_scale.numel() <= len(segments):  # one a member, not one a row
+            unit = unit[_owners(segments, right.shape[0], right.device)]
+        unit = unit.reshape(1, -1).contiguous()
         inverse = inverse.reshape(-1, 1).expand(left.shape[0], 1).contiguous()
     else:
         inverse, unit = inverse.reshape(()), unit.reshape(())
