@@ -277,7 +277,8 @@ def _melded_matmul(site: Site) -> Setup:
         melded_matmul, left, left_scale, [codes], [scale], [None], x.rank, torch.bfloat16, True
     )
     if site.gpu:
-        from falqon.kernels.matmul_triton import ADAPTER, matmul_triton
+        from falqon.kernels.matmul_triton import matmul_triton
+        from falqon.kernels.scaled_matmul import ADAPTER
 
         segments = ((0, x.out, 0, 0), (x.out, x.rank, 0, ADAPTER))
         ours = partial(

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from falqon.fp8 import E4M3, E5M2, Format, decode, encode
 from falqon.kernels import matmul_triton as module
-from falqon.kernels.matmul_triton import ADAPTER, Segment, matmul_triton
+from falqon.kernels.matmul_triton import matmul_triton
 from falqon.kernels.proxy_grad import proxy_grad
 from falqon.kernels.proxy_grad_triton import TOKENS_A_PART, proxy_grad_triton
+from falqon.kernels.scaled_matmul import ADAPTER, Segment
 from falqon.kernels.transpose_triton import transpose_triton
 from tests.policies import random
 

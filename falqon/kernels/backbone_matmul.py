@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from falqon.fp8 import E4M3, E5M2
 from falqon.kernels import devices
 from falqon.kernels.operands import compute_dtype, operand, rescaled, stacked
+from falqon.kernels.scaled_matmul import MEMBERS, scaled_matmul
 from falqon.kernels.transposed import kept
 
 
@@ -90,7 +91,6 @@ def backbone_matmul_gpu(
     The codes are read as they lie where that is the faster (`reads_row_major`), otherwise turned
     first; with `keep` what was turned stays in memory until the codes change.
     """
-    from falqon.kernels.scaled_matmul import scaled_matmul
     from falqon.kernels.transpose_triton import transpose_triton
 
     counts = [len(merged) - rank for merged in codes]
@@ -105,8 +105,8 @@ def backbone_matmul_gpu(
 
     def turn() -> Tensor:
         parts = []
-        for at in range(0, len(codes), 3):
-            some = slice(at, at + 3)
+        for at in range(0, len(codes), MEMBERS):
+            some = slice(at, at + MEMBERS)
             inner = tuple(accumulate(counts[some]))[:-1]
             parts.append(transpose_triton(stacked(codes[some]), sum(counts[some]), inner, rank))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

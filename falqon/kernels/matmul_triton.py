@@ -22,20 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from falqon.kernels.devices import architecture, has_fp8_units, on_device, processors
+from falqon.kernels.scaled_matmul import ADAPTER, MEMBERS, Segment
 from falqon.kernels.triton_fp8 import decode_half, round_to, widen
 
 ALIGNMENT = 16
 """Bytes; rows of operands that tensor descriptors load must be multiples of it."""
-
-Segment = tuple[int, int, int, int]
-"""First row of `right`, number of rows, first column of the result, and which result that is.
-
-Results 0 to 2 are those of a group's members, each of as many columns as its segment has rows;
-`ADAPTER` is the one for the rows of A of all of them.
-"""
-ADAPTER = 3
-MEMBERS = 3
-"""Most layers of a group."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -49,7 +40,7 @@ def matmul_kernel(  # type: ignore[no-untyped-def]
     out_second,  # the same for a second member, or anything
     out_third,
     adapter,  # [count, adapter_columns], or anything if no segment goes there
-    segments,  # int32 [SEGMENTS, 4], see `Segment`
+    segments,  # int32 [SEGMENTS, 4], see `scaled_matmul.Segment`; 3 is ADAPTER
     count,
     depth,
     lines,

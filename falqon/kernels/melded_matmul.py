@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from falqon.fp8 import E4M3
 from falqon.kernels import devices
 from falqon.kernels.operands import compute_dtype, operand, rescaled, stacked
+from falqon.kernels.scaled_matmul import ADAPTER, MEMBERS, scaled_matmul
 
 
 def melded_matmul(
@@ -85,8 +86,6 @@ def melded_matmul_gpu(
     Returns:
         O_i [T, out_i], tensors of their own, and all O_A_i side by side, [T, r for each layer].
     """
-    from falqon.kernels.scaled_matmul import ADAPTER, scaled_matmul
-
     segments, row = [], 0
     for number, merged in enumerate(codes):
         out = merged.shape[0] - rank
@@ -142,8 +141,8 @@ class MeldedMatmul(nn.Module):
         if devices.uses_kernels(x) and x.dtype == torch.uint8:
             outs: list[Tensor] = []
             adapters: list[Tensor] = []
-            for at in range(0, len(codes), 3):
-                some = slice(at, at + 3)
+            for at in range(0, len(codes), MEMBERS):
+                some = slice(at, at + MEMBERS)
                 given = (codes[some], scales[some], biases[some])
                 part, adapter = melded_matmul_gpu(x, x_scale, *given, self.rank, dtype)
                 outs += part

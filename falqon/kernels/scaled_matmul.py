@@ -8,7 +8,6 @@ it is measured, see `falqon.kernels.backend`.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,11 +15,17 @@ from torch import Tensor
 from falqon.kernels import backend
 from falqon.kernels.devices import has_fp8_units
 
-if TYPE_CHECKING:
-    from falqon.kernels.matmul_triton import Segment
-
-ADAPTER = 3  # as in `matmul_triton`, which is imported on GPUs only
 _KINDS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+Segment = tuple[int, int, int, int]
+"""First row of the right operand, number of rows, first column of the result, which result that is.
+
+Results 0 to 2 are those of a group's members, each of as many columns as its segment has rows;
+`ADAPTER` is the one for the rows of A of all of them.
+"""
+ADAPTER = 3
+MEMBERS = 3
+"""Most layers of a group."""
 
 
 def vendor_matmul(
