@@ -21,14 +21,16 @@ from falqon.premeld.directory import MeldedDirectory, open_melded
 from falqon.premeld.load import load_melded
 from falqon.pretrained import load_model, resolve
 from lit_modules.loss import supervised_loss
+from lit_modules.methods import Falqon, Method
+from lit_modules.methods import state as method_state
 from lit_modules.schedules import WarmupConstant
 
 
 class LitCausalLM(LightningModule):
-    """Fine-tunes a Hugging Face causal LM with the method that the Trainer's precision plugin is.
+    """Fine-tunes a Hugging Face causal LM: with FALQON, or with a method to compare it with.
 
-    With `FalqonPrecision` the model is melded into FP8 when it is loaded; with another plugin all
-    of it is trained in that plugin's precision.
+    FALQON is `FalqonPrecision` in the Trainer's plugins: the model is melded into FP8 when it is
+    loaded. Any other method is given as `method`, and the Trainer then has no such plugin.
 
     The loss is the mean over supervised tokens of the whole optimizer step: over the batch,
     accumulated batches and devices alike, whatever their share of supervised tokens.
@@ -50,6 +52,7 @@ class LitCausalLM(LightningModule):
         temperature: Of sampling in generation; 0 takes the most likely token.
         trust_remote_code: Run code that comes with the model. Only for sources you trust.
         revision: Branch, tag or commit on the hub.
+        method: How it is trained, one of `lit_modules.methods`; FALQON if None.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class LitCausalLM(LightningModule):
         temperature: float = 0.0,
         trust_remote_code: bool = False,
         revision: str | None = None,
+        method: Method | None = None,
     ) -> None:
         super().__init__()
         if max_new_tokens < 1:
@@ -84,9 +88,11 @@ class LitCausalLM(LightningModule):
         self.temperature = temperature
         self.trust_remote_code = trust_remote_code
         self.revision = revision
+        self.method = method or Falqon()
         self.model: PreTrainedModel | None = None
         self.base_loss: float | None = None
         self._sums: dict[str, Tensor] = {}
+        self._frozen = ""  # hash of what training does not change; see `method_state`
 
     # -- setting up ---------------------------------------------------------------------------
 
@@ -94,9 +100,11 @@ class LitCausalLM(LightningModule):
         """Refuse what would fail or go wrong later.
 
         Raises:
-            InputError: for flash attention with packed batches of several rows (it would not keep
-                documents apart), and for a compensated flush without training examples to look at.
+            InputError: for a method and a plugin that do not go together, for flash attention with
+                packed batches of several rows (it would not keep documents apart), and for a
+                compensated flush without training examples to look at.
         """
+        self.method.check(self.trainer)
         data = getattr(self.trainer, "datamodule", None)
         plugin = self.trainer.precision_plugin
         if stage == "fit" and isinstance(plugin, FalqonPrecision):
@@ -111,15 +119,11 @@ class LitCausalLM(LightningModule):
                 )
 
     def configure_model(self) -> None:
-        """Load the model and, with `FalqonPrecision`, meld it; does nothing the second time."""
+        """Load the model and prepare it for the method; does nothing the second time."""
         if self.model is not None:
             return
         plugin = self.trainer.precision_plugin
-        halves = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
-        dtype = halves.get(str(self.trainer.precision), torch.float32)
-        if isinstance(plugin, FalqonPrecision):
-            dtype = plugin.dtype
-        device = self.trainer.strategy.root_device
+        device = self.method.device = self.trainer.strategy.root_device
         premelded = None
         if isinstance(plugin, FalqonPrecision):
             premelded = open_melded(resolve(self.model_name).path)
@@ -129,7 +133,7 @@ class LitCausalLM(LightningModule):
             else:
                 model = load_model(
                     self.model_name,
-                    dtype=dtype,
+                    dtype=self.method.dtype,
                     attn_implementation=self.attn_implementation,
                     trust_remote_code=self.trust_remote_code,
                     revision=self.revision,
@@ -139,6 +143,10 @@ class LitCausalLM(LightningModule):
             if isinstance(plugin, FalqonPrecision):
                 plugin.convert(model, device=device, premelded=premelded)
                 rank_zero_info(str(plugin.report))
+            else:
+                model = self.method.prepare(model)  # type: ignore[assignment]
+                method_state.check_prepared(self.method, model)
+                self.strict_loading = False  # a checkpoint holds what is trained
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -184,7 +192,8 @@ class LitCausalLM(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimizer over what is trainable, with its scheduler stepped once an optimizer step."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
+        assert self.model is not None
+        parameters = list(self.method.trainable(self.model).values())
         optimizer = self.optimizer(parameters)
         scheduler = self.lr_scheduler(optimizer)
         if isinstance(scheduler, WarmupConstant):
@@ -202,15 +211,30 @@ class LitCausalLM(LightningModule):
     def forward(self, **inputs: Any) -> Any:
         """The wrapped model's forward."""
         assert self.model is not None
-        return self.model(**inputs)
+        with self.method.compute():
+            return self.model(**inputs)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Summed loss of a batch; `configure_gradient_clipping` divides by the step's tokens."""
         assert self.model is not None
-        loss, tokens = supervised_loss(self.model, batch)
+        self.method.before_step(self.model, self.trainer.global_step)
+        loss, tokens = self.method.loss(self.model, batch)
         self._add("train", loss, tokens)
         # Undo what Lightning and DDP will do: divide by accumulated batches, average over ranks.
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Autograd's backward pass, or the method's own."""
+        assert self.model is not None
+        if not self.method.backward(self.model, loss):
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step the optimizer, then let the method do what it does after a step."""
+        assert self.model is not None
+        step = self.trainer.global_step
+        super().optimizer_step(*args, **kwargs)
+        self.method.after_step(self.model, step)
 
     def configure_gradient_clipping(
         self,
@@ -224,10 +248,9 @@ class LitCausalLM(LightningModule):
             return
         loss, tokens = sums
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        gradients = [p.grad for p in parameters if p.grad is not None]
         per_token = tokens.clamp(min=1).reciprocal().to(torch.float32)
-        for gradient in gradients:
-            gradient.mul_(per_token)
+        self.method.scale_gradients(parameters, per_token)
+        gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm):
             # Adam's moments would never recover, and with them the weights stand still for good.
@@ -301,7 +324,8 @@ class LitCausalLM(LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add a batch's loss to the sums of `val/loss`."""
         assert self.model is not None
-        self._add("val", *supervised_loss(self.model, batch))
+        with self.method.compute():
+            self._add("val", *supervised_loss(self.model, batch))
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/loss` and `val/perplexity` over all supervised tokens of all devices."""
@@ -310,7 +334,8 @@ class LitCausalLM(LightningModule):
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add a batch's loss to the sums of `test/loss`."""
         assert self.model is not None
-        self._add("test", *supervised_loss(self.model, batch))
+        with self.method.compute():
+            self._add("test", *supervised_loss(self.model, batch))
 
     def on_test_epoch_end(self) -> None:
         """Log `test/loss` and `test/perplexity`."""
@@ -358,16 +383,17 @@ class LitCausalLM(LightningModule):
         was_training = self.model.training
         self.model.eval()
         try:
-            tokens = self.model.generate(  # type: ignore[operator]
-                input_ids=ids,
-                attention_mask=batch["attention_mask"].to(self.device),
-                max_new_tokens=max_new_tokens or self.max_new_tokens,
-                eos_token_id=self._ends(tokenizer),
-                pad_token_id=tokenizer.pad_token_id
-                if tokenizer.pad_token_id is not None
-                else tokenizer.eos_token_id,
-                **sampling,
-            )
+            with self.method.compute():
+                tokens = self.model.generate(  # type: ignore[operator]
+                    input_ids=ids,
+                    attention_mask=batch["attention_mask"].to(self.device),
+                    max_new_tokens=max_new_tokens or self.max_new_tokens,
+                    eos_token_id=self._ends(tokenizer),
+                    pad_token_id=tokenizer.pad_token_id
+                    if tokenizer.pad_token_id is not None
+                    else tokenizer.eos_token_id,
+                    **sampling,
+                )
         finally:
             self.model.train(was_training)
         answers: list[str] = tokenizer.batch_decode(
@@ -404,6 +430,9 @@ class LitCausalLM(LightningModule):
             "revision": self.revision,
             "base_loss": self.base_loss,
         }
+        if not isinstance(self.method, Falqon):
+            assert self.model is not None
+            method_state.shrink(self.method, self.model, checkpoint, self._frozen_hash())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or recipe before anything is loaded from it.
@@ -420,6 +449,12 @@ class LitCausalLM(LightningModule):
                 f"{where} was trained with FalqonPrecision: add falqon.FalqonPrecision to "
                 "trainer.plugins, with the settings of that run's config.yaml."
             )
+        self.base_loss = checkpoint.get("LitCausalLM", {}).get("base_loss")
+        if not isinstance(self.method, Falqon):
+            assert self.model is not None
+            method_state.check(self.method, self.model, checkpoint, where)
+            method_state.check_frozen(self._frozen_hash(), checkpoint, where)
+            return
         expected = {name: tuple(p.shape) for name, p in self.state_dict().items()}
         found = {name: tuple(p.shape) for name, p in checkpoint["state_dict"].items()}
         if expected != found:
@@ -429,4 +464,9 @@ class LitCausalLM(LightningModule):
                 f"{where} belongs to another model than {self.model_name}: {name} has shape "
                 f"{found.get(name)} there and {expected.get(name)} here."
             )
-        self.base_loss = checkpoint.get("LitCausalLM", {}).get("base_loss")
+
+    def _frozen_hash(self) -> str:
+        """Hash of what training does not change, computed once."""
+        assert self.model is not None
+        self._frozen = self._frozen or method_state.frozen_hash(self.method, self.model)
+        return self._frozen

@@ -194,6 +194,7 @@ def test_what_it_does_not_hold(
     assert "compare_with_base measures the model before" in refused(config)
     settings["compare_with_base"] = False
     config["trainer"]["plugins"] = []
+    settings["method"] = {"class_path": "lit_modules.methods.FullFinetune"}
     assert "holds a melded model (falqon meld), not its 16-bit weights" in refused(config)
 
 
