@@ -15,7 +15,7 @@ from falqon.errors import InputError
 from falqon.fp8 import E4M3, E5M2, compute_scale, decode, dequantize, encode, quantize
 from falqon.kernels import BackboneMatmul, MeldedMatmul, Quantize
 from falqon.scaling import DelayedScaling
-from lit_modules.methods.quantised import LoraOnFrozen, QuantisedLinear, frozen
+from lit_modules.methods.quantised import KeepsDtypes, LoraOnFrozen, QuantisedLinear, frozen
 
 Scaling = Literal["delayed", "dynamic"]
 
@@ -96,12 +96,26 @@ class Fp8Linear(QuantisedLinear):
         return _Fp8Function.apply(x, self)
 
 
+class AmaxHistory(KeepsDtypes):
+    """The histories of `DelayedScaling` in the model, so that a checkpoint has them.
+
+    Attributes:
+        steps: float32 [quantisers, steps], the newest last; 0: not seen.
+    """
+
+    def __init__(self, quantisers: int, steps: int) -> None:
+        super().__init__()
+        self.steps = frozen(torch.zeros(quantisers, steps))
+
+
 class Fishman(LoraOnFrozen):
     """FP8 matmuls with delayed scaling and Smooth-SwiGLU; LoRA in bfloat16.
 
     Smooth-SwiGLU scales each channel of `silu(gate) * up` before quantising it for `down`, so that
     an outlier channel does not cost the others their precision. (The paper's FP8 Adam moments are
     the optimizer's matter: bitsandbytes has 8-bit ones.)
+
+    The merged model's inputs are no longer rounded to FP8.
 
     Settings: on a GPU the kernels that FALQON's layers run on; the smooth layers, which need one
     scale for each channel that is summed over, multiply the rounded values in bfloat16.
@@ -134,7 +148,7 @@ class Fishman(LoraOnFrozen):
             raise InputError(f"method.history is {history}; it must be at least 1.")
         self.scaling, self.history, self.smooth = scaling, history, smooth
         self.delayed: DelayedScaling | None = None
-        self.model: nn.Module | None = None
+        self.amaxes: AmaxHistory | None = None
 
     def convert(self, name: str, linear: nn.Linear) -> Fp8Linear:
         """E4M3 with one scale."""
@@ -155,27 +169,30 @@ class Fishman(LoraOnFrozen):
             )
         super().prepare(model)
         self.delayed = DelayedScaling(model, self.history)
-        shape = (len(self.delayed.quantizers), self.history)
-        model.register_buffer("amaxes", torch.zeros(shape, device=self.device))
-        self.model = model
+        if self.scaling == "delayed":
+            self.amaxes = AmaxHistory(len(self.delayed.quantizers), self.history)
+            model.add_module("amaxes", self.amaxes.to(self.device))
         return model
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """What is trained, and the amax histories."""
-        return super().state(model) | {"amaxes": model.get_buffer("amaxes")}
+        histories = {} if self.amaxes is None else {"amaxes.steps": self.amaxes.steps.detach()}
+        return super().state(model) | histories
 
     def compute(self) -> AbstractContextManager[Any]:
         """As `Method.compute`; restores the scales if a checkpoint has been loaded."""
-        if self.delayed is not None and self.model is not None and self.delayed.history is None:
-            amaxes = self.model.get_buffer("amaxes")
-            if amaxes.any():
+        if self.delayed is not None and self.amaxes is not None and self.delayed.history is None:
+            steps = self.amaxes.steps.detach()
+            if steps.any():
                 state = {"names": list(self.delayed.quantizers), "overflowed": None}
-                self.delayed.load_state_dict(state | {"history": amaxes.clone()})
+                self.delayed.load_state_dict(state | {"history": steps.clone()})
         return super().compute()
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Take the amax of this step into the histories."""
-        assert self.delayed is not None
+        if self.delayed is None or self.amaxes is None:
+            return
         self.delayed.advance()
-        if self.delayed.history is not None:
-            model.get_buffer("amaxes")[:, -self.delayed.history.shape[1] :] = self.delayed.history
+        history = self.delayed.history
+        if history is not None:
+            self.amaxes.steps.data[:, -history.shape[1] :] = history

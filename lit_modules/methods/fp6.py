@@ -53,7 +53,7 @@ class Fp6Linear(QuantisedLinear):
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """Value of the code times scale, float32 arithmetic."""
         codes = unpack6(self.codes)
-        values = self.values.float()[codes.to(torch.int32)]  # type: ignore[operator]
+        values = self.get_buffer("values").float()[codes.to(torch.int32)]
         return values.mul_(self.scale).to(dtype)
 
 

@@ -137,6 +137,6 @@ class IcqLinear(QuantisedLinear):
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """`s NF4[q] + tau`, float32 arithmetic."""
-        values = self.nf4.float()[self.block_codes().to(torch.int32)]  # type: ignore[operator]
+        values = self.get_buffer("nf4").float()[self.block_codes().to(torch.int32)]
         values = values.mul_(self._scales()).add_(self._constants(self.tau, self.tau_scale))
         return values.view(self.out_features, self.in_features).to(dtype)

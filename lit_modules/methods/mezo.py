@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from falqon.errors import InputError
-from lit_modules.methods.quantised import LoraLinear, LoraOnFrozen
+from lit_modules.methods.quantised import LoraOnFrozen
 
 Trains = Literal["lora", "full"]
 _PRIME = 1_000_003

@@ -46,7 +46,8 @@ def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A frozen `nn.Linear` of these tensors."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     linear.weight = frozen(weight)
-    linear.bias = None if bias is None else frozen(bias.detach())
+    if bias is not None:
+        linear.bias = frozen(bias.detach())
     return linear
 
 

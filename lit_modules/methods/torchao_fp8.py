@@ -74,11 +74,13 @@ class TorchaoFP8(LoraOnFrozen):
         """
         for name, layer in layers_of(model, LoraLinear):
             base: Any = layer.base
-            a, b = layer.A, layer.B
+            dtype = base.weight.dtype
+            delta = layer.delta()
             if isinstance(layer, Fp8Lora):
-                a, b = (as_fp8(t.to(base.weight.dtype), base).float() for t in (a, b))
-            weight = as_fp8(base.weight, base).float() + b @ a * layer.scaling
-            model.set_submodule(name, plain_linear(weight.to(base.weight.dtype), base.bias))
+                a, b = (as_fp8(t.to(dtype), base).float() for t in (layer.A, layer.B))
+                delta = b @ a * layer.scaling
+            weight = as_fp8(base.weight, base).float() + delta
+            model.set_submodule(name, plain_linear(weight.to(dtype), base.bias))
         return model
 
 
