@@ -1,8 +1,29 @@
 """The methods that a causal LM can be trained with, one a file."""
 
 from lit_modules.methods.base import Method
+from lit_modules.methods.dora import DoRA
 from lit_modules.methods.falqon import Falqon
 from lit_modules.methods.full import FullFinetune
+from lit_modules.methods.llm_int8 import LLMInt8LoRA
+from lit_modules.methods.loftq import LoftQ
 from lit_modules.methods.lora import LoRA
+from lit_modules.methods.lora_fa import LoRAFA
+from lit_modules.methods.lora_xs import LoRAXS
+from lit_modules.methods.qdylora import QDyLoRA
+from lit_modules.methods.qlora import QLoRA
+from lit_modules.methods.vera import VeRA
 
-__all__ = ["Falqon", "FullFinetune", "LoRA", "Method"]
+__all__ = [
+    "DoRA",
+    "Falqon",
+    "FullFinetune",
+    "LLMInt8LoRA",
+    "LoRA",
+    "LoRAFA",
+    "LoRAXS",
+    "LoftQ",
+    "Method",
+    "QDyLoRA",
+    "QLoRA",
+    "VeRA",
+]
