@@ -80,13 +80,9 @@ def test_what_the_layers_compute_is_the_papers_equation(tiny_llama: LlamaForCaus
         p |= {n.replace(".default", ""): v for n, v in module.named_buffers()}
         if kind is LoRAXS:
             left, values, right = torch.linalg.svd(weight)
-            product = 16 / 4 * (left[:, :4] * values[:4]) @ p["R"] @ right[:4]
-            # Signs of singular vectors are free; those of a pair go together.
-            signs = torch.sign((p["A"] * right[:4]).sum(1))
-            product = (
-                16 / 4 * (left[:, :4] * values[:4] * signs) @ p["R"] @ (signs[:, None] * right[:4])
-            )
-            expected = x @ (weight + product).T
+            signs = torch.sign((p["A"] * right[:4]).sum(1))  # free, but the same on both sides
+            left, right = left[:, :4] * values[:4] * signs, signs[:, None] * right[:4]
+            expected = x @ (weight + 16 / 4 * left @ p["R"] @ right).T
         elif kind is VeRA:
             random_a, random_b = p["vera_A"][:, :32], p["vera_B"][:32]
             hidden = p["vera_lambda_d"] * (x @ random_a.T)
