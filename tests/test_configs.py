@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer
 
 from falqon import FalqonPrecision
@@ -14,6 +15,7 @@ from falqon.training import FalqonCLI, run
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+OVERLAYS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -39,6 +41,19 @@ def test_config_can_be_instantiated(path: Path, instantiate) -> None:
     optimizer = cli.model.optimizer([cli_parameter()])
     cli.model.lr_scheduler(optimizer)
     assert optimizer.param_groups[0]["lr"] > 0
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda p: p.stem)
+def test_overlay_can_be_instantiated(path: Path, instantiate) -> None:
+    for config in ("smollm2_alpaca", "llama7b_alpaca"):
+        first = ROOT / "configs" / f"{config}.yaml"
+        cli = instantiate(first, f"--config={path}", "--trainer.accelerator=cpu")
+        assert cli.model.method.name == path.stem
+        cli.model.method.check(cli.trainer)  # method and plugin go together
+        optimizer = cli.model.optimizer([cli_parameter()])
+        given = yaml.safe_load(path.read_text())["model"]["init_args"]["optimizer"]
+        assert type(optimizer).__name__ == given["class_path"].rpartition(".")[2]
+        assert optimizer.param_groups[0]["lr"] == given["init_args"]["lr"]
 
 
 def cli_parameter() -> torch.nn.Parameter:
@@ -80,5 +95,5 @@ def test_defaults_of_the_module_are_those_documented(instantiate) -> None:
 
 
 def test_configs_name_no_host() -> None:
-    for path in CONFIGS:
+    for path in [*CONFIGS, *OVERLAYS]:
         assert not re.search(r"https?://", path.read_text())

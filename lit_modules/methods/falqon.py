@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from falqon.errors import InputError
-from falqon.linear import MeldedLinear
 from falqon.meld import melded_layers
 from falqon.precision import FalqonPrecision
 from lit_modules.methods.base import Method
+from lit_modules.methods.layers import plain_linear
 
 
 class Falqon(Method):
@@ -69,19 +68,11 @@ class Falqon(Method):
                 "there are changes that are not in the FP8 codes yet: call LitCausalLM.flush first."
             )
         for name, layer in melded_layers(model).items():
-            model.set_submodule(name, _plain(layer, self.dtype))
+            weight = layer.dequantized_weight(self.dtype)
+            model.set_submodule(name, plain_linear(weight, layer.bias))
         return model
 
     def describe(self) -> dict[str, Any]:
         """As `Method.describe`, with the plugin's settings."""
         settings = self.plugin.settings() if self.plugin else {}
         return super().describe() | {"settings": settings}
-
-
-def _plain(layer: MeldedLinear, dtype: torch.dtype) -> nn.Linear:
-    with torch.device("meta"):
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    linear.weight = nn.Parameter(layer.dequantized_weight(dtype), requires_grad=False)
-    if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
-    return linear

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from falqon.errors import InputError
-from falqon.meld import targets
+from falqon.meld import targets, truncated_svd
 from falqon.recipe import MeldRecipe
 
 
@@ -62,3 +63,35 @@ def check_rank(model: nn.Module, rank: int) -> None:
                 f"method.rank is {rank}, but {name} is {linear.out_features} x "
                 f"{linear.in_features}: use at most {most}."
             )
+
+
+def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen nn.Linear that holds these tensors themselves.
+
+    Args:
+        weight: [out, in].
+        bias: [out], or None.
+    """
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
+
+
+def low_rank(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The best product of rank r to a matrix, its singular values shared evenly.
+
+    Args:
+        matrix: float32 [out, in].
+        rank: r, at most min(out, in).
+        seed: Of the randomised SVD.
+
+    Returns:
+        B [out, r] = U sqrt(S) and A [r, in] = sqrt(S) V^T.
+    """
+    values, right = truncated_svd(matrix, MeldRecipe(rank=rank), seed)
+    roots = values.sqrt()
+    left = matrix @ right.T / roots.clamp_min(torch.finfo(roots.dtype).tiny)
+    return left, roots[:, None] * right
