@@ -71,8 +71,6 @@ class FP6(LoraOnFrozen):
         InputError: for a value out of range, and without torchao.
     """
 
-    name = "fp6"
-
     def __init__(
         self,
         rank: int = 64,
@@ -83,7 +81,7 @@ class FP6(LoraOnFrozen):
         if fmt not in get_args(Format6):
             raise InputError(f"fmt is {fmt!r}; choose e3m2 or e2m3.")
         torchao("prototype.mx_formats.kernels")
-        self.fmt = fmt
+        self.name, self.fmt = f"fp6_{fmt}", fmt
 
     def convert(self, name: str, linear: nn.Linear) -> Fp6Linear:
         """FP6 with a scale a row."""

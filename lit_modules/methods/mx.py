@@ -64,8 +64,6 @@ class MX(LoraOnFrozen):
         InputError: for a value out of range, and without torchao.
     """
 
-    name = "mx"
-
     def __init__(
         self,
         rank: int = 64,
@@ -76,7 +74,7 @@ class MX(LoraOnFrozen):
         if fmt not in get_args(MxFormat):
             raise InputError(f"fmt is {fmt!r}; choose mxfp8 or mxfp4.")
         torchao("prototype.mx_formats.mx_tensor")
-        self.fmt = fmt
+        self.name, self.fmt = fmt, fmt
 
     def convert(self, name: str, linear: nn.Linear) -> MxLinear:
         """Elements and a scale a block."""

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from falqon.errors import InputError
 from lit_modules.methods.base import Method
-from lit_modules.methods.layers import check_rank, swap_linears
+from lit_modules.methods.layers import check_rank, plain_linear, swap_linears
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -40,15 +40,6 @@ class KeepsDtypes(nn.Module):
 def frozen(tensor: Tensor) -> nn.Parameter:
     """A parameter that does not train. Not a buffer: DDP sends buffers again in every forward."""
     return nn.Parameter(tensor, requires_grad=False)
-
-
-def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A frozen `nn.Linear` of these tensors."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    linear.weight = frozen(weight)
-    if bias is not None:
-        linear.bias = frozen(bias.detach())
-    return linear
 
 
 class _FrozenMatmul(torch.autograd.Function):

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from falqon.errors import InputError
 from falqon.kernels.devices import has_fp8_units
+from lit_modules.methods.layers import plain_linear
 from lit_modules.methods.libraries import torchao
-from lit_modules.methods.quantised import LoraLinear, LoraOnFrozen, layers_of, plain_linear
+from lit_modules.methods.quantised import LoraLinear, LoraOnFrozen, layers_of
 
 Adapters = Literal["fp8", "bf16"]
 
@@ -46,12 +47,11 @@ class TorchaoFP8(LoraOnFrozen):
         InputError: for a value out of range, and without torchao.
     """
 
-    name = "torchao_fp8"
-
     def __init__(self, rank: int = 64, alpha: float = 16.0, adapters: Adapters = "fp8") -> None:
         super().__init__(rank, alpha)
         if adapters not in get_args(Adapters):
             raise InputError(f"method.adapters is {adapters!r}; choose fp8 or bf16.")
+        self.name = "torchao_fp8" if adapters == "fp8" else "torchao_fp8_bf16"
         self.adapters = adapters
         torchao("float8")
 

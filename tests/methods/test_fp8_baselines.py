@@ -88,7 +88,7 @@ def test_fp8_forward_and_backward_written_out(smooth: bool) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(32, 16, bias=True).requires_grad_(False)
     made = Fp8Linear(layer, "dynamic", smooth)
-    x = (torch.randn(2, 5, 32) * torch.logspace(-2, 2, 32)).requires_grad_()
+    x = (torch.randn(2, 5, 32) * torch.logspace(-4, 3, 32)).requires_grad_()
     grad = torch.randn(2, 5, 16) * 1e-3
 
     def rounded(t: torch.Tensor, kind: torch.dtype, dims: tuple[int, ...]) -> torch.Tensor:
@@ -132,13 +132,16 @@ def test_delayed_scales_come_from_past_steps(tiny_llama: LlamaForCausalLM) -> No
 def test_a_loaded_history_gives_the_same_scales(tiny_llama: LlamaForCausalLM) -> None:
     method, other = Fishman(4), Fishman(4)
     model, again = prepared(method, tiny_llama), prepared(other, tiny_llama)
-    train_steps(method, model, 0.05, steps=2)
+    train_steps(method, model, 0.05, range(2))
     again.load_state_dict(method.state(model), strict=False)
     with other.compute():
         pass
     for name in LAYERS:
         ours, theirs = model.get_submodule(name).base, again.get_submodule(name).base
-        assert torch.equal(ours.quantize_gradient.scale, theirs.quantize_gradient.scale)
+        for kind in ("quantize_input", "quantize_gradient"):
+            scales = [getattr(layer, kind).scale for layer in (ours, theirs)]
+            assert scales[0] == scales[1], name
+    assert ours.quantize_gradient.scale is not None
 
 
 def test_models_without_swiglu() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -62,18 +64,17 @@ def test_pooled_adapter_is_the_papers_algorithm() -> None:
         torch.testing.assert_close(adapted.merged()(x), expected, atol=2e-5, rtol=1e-5)
 
 
-def slow_peqa(weights: list[float]) -> tuple[float, list[int], float, float]:
-    """Least squared error over shrunken ranges, one number at a time; error, codes, s, z."""
+def slow_peqa(weights: list[float]) -> tuple[float, float]:
+    """Least squared error over shrunken ranges, one number at a time; error and s."""
     low, high = min(0.0, *weights), max(0.0, *weights)
-    best: tuple[float, list[int], float, float] | None = None
+    best = (math.inf, 0.0)
     for shrinking in SHRINKINGS:
         scale = (high - low) * shrinking / 15 or 1.0
         zero = round(-low * shrinking / scale)
         codes = [min(15, max(0, round(w / scale) + zero)) for w in weights]
         error = sum((scale * (q - zero) - w) ** 2 for q, w in zip(codes, weights, strict=True))
-        if best is None or error < best[0]:
-            best = error, codes, scale, zero
-    assert best is not None
+        if error < best[0]:
+            best = error, scale
     return best
 
 
@@ -86,7 +87,7 @@ def test_peqa_takes_scales_of_least_error() -> None:
         for row in range(5):
             for start in range(0, 32, width):
                 part = layer.weight[row, start : start + width]
-                error, codes, scale, zero = slow_peqa(part.tolist())
+                error, scale = slow_peqa(part.tolist())
                 taken = values[row, start : start + width]
                 # Two ranges may be as good as each other to float32, so the error is compared.
                 assert abs(float((taken - part).square().sum()) - error) <= 1e-5 * error + 1e-12
