@@ -84,8 +84,9 @@ def double_quantise(values: Tensor) -> tuple[Tensor, Tensor]:
 class IcqLinear(QuantisedLinear):
     """`W = s NF4[q] + tau`: NF4 in blocks of 64, shifted so that the codes' entropy is highest.
 
-    `tau` (ICQ, eq. 5-8) and then `s = amax(W - tau)`, less its mean as in QLoRA, are stored in
-    8 bits; codes are those nearest to the weight with the stored constants.
+    `q` are the codes nearest to `(W - tau) / s`, `s = amax(W - tau)` (ICQ, eq. 5-7). Then the
+    constants are stored in 8 bits (eq. 8), s less its mean as in QLoRA. Codes taken with the
+    stored constants would be a little nearer to the weights, and lose what the search has found.
 
     Args:
         linear: the layer to be replaced.
@@ -111,17 +112,13 @@ class IcqLinear(QuantisedLinear):
         tau = (
             best_shift(blocks, width, candidates) if candidates else torch.zeros_like(blocks[:, :1])
         )
-        tau_codes, tau_scale = double_quantise(tau[:, 0])
-        self.tau, self.tau_scale = frozen(tau_codes), frozen(tau_scale)
-        moved = blocks - self._constants(tau_codes, tau_scale)
-        absmax = moved.abs().amax(1)
+        moved = blocks - tau
+        absmax = moved.abs().amax(1, keepdim=True)
+        codes = torch.bucketize(moved / absmax.clamp(min=1e-30), thresholds(moved))
+        self.codes = frozen(pack4(codes.to(torch.uint8)).flatten())
+        self.tau, self.tau_scale = map(frozen, double_quantise(tau[:, 0]))
         self.mean = frozen(absmax.mean().reshape(1))
-        codes, scale = double_quantise(absmax - self.mean)
-        self.absmax, self.absmax_scale = frozen(codes), frozen(scale)
-        at = thresholds(moved)
-        self.codes = frozen(
-            pack4(torch.bucketize(moved / self._scales(), at).to(torch.uint8)).flatten()
-        )
+        self.absmax, self.absmax_scale = map(frozen, double_quantise(absmax[:, 0] - self.mean))
         self.register_buffer("nf4", torch.tensor(NF4, device=weight.device), persistent=False)
 
     def _constants(self, codes: Tensor, scale: Tensor) -> Tensor:
@@ -129,7 +126,7 @@ class IcqLinear(QuantisedLinear):
         return dequantize(codes, scale, E4M3).flatten()[:count, None]
 
     def _scales(self) -> Tensor:
-        return (self._constants(self.absmax, self.absmax_scale) + self.mean).clamp_(min=1e-30)
+        return self._constants(self.absmax, self.absmax_scale) + self.mean
 
     def block_codes(self) -> Tensor:
         """Codes, uint8 [blocks, 64]."""
