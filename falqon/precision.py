@@ -13,6 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.profiler import record_function
 from typing_extensions import override
 
 from falqon.checkpoint.hashing import hash_tensors
@@ -265,8 +266,9 @@ class FalqonPrecision(Precision):
         assert self.proxy_update is not None
         assert self.scaling is not None
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.proxy_update.step(self.steps, only=held)
-        self.scaling.advance()
+        with record_function("falqon::update"):
+            self.proxy_update.step(self.steps, only=held)
+            self.scaling.advance()
         self.steps += 1
         return result
 

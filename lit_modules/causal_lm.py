@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import AdamW
+from torch.profiler import record_function
 from transformers import PreTrainedModel
 
 from falqon.errors import InputError
@@ -234,7 +235,8 @@ class LitCausalLM(LightningModule):
         assert self.model is not None
         step = self.trainer.global_step
         super().optimizer_step(*args, **kwargs)
-        self.method.after_step(self.model, step)
+        with record_function("method::update"):
+            self.method.after_step(self.model, step)
 
     def configure_gradient_clipping(
         self,

@@ -14,7 +14,14 @@ from transformers import LlamaForCausalLM
 
 from falqon import MeldedLinear
 from lit_modules.methods import Falqon, FullFinetune, LoRA
-from tests.method_checks import LAYERS, check_merge, check_run, check_training, configure
+from tests.method_checks import (
+    LAYERS,
+    check_merge,
+    check_resume,
+    check_run,
+    check_training,
+    configure,
+)
 
 LORA_NAMES = [
     f"base_model.model.{layer}.lora_{part}.default.weight" for layer in LAYERS for part in "AB"
@@ -34,17 +41,15 @@ def refused(cli: Callable, capsys: pytest.CaptureFixture[str]) -> Callable[..., 
     return refuse
 
 
-def test_full_finetuning(
-    cli: Callable, tiny_run: Callable, tmp_path: Path, tiny_llama: LlamaForCausalLM
-) -> None:
-    state = check_run(cli, configure(tiny_run(), "FullFinetune", 0.01), tmp_path)
-    assert all(value.dtype == torch.float32 for value in state.values())
+def test_full_finetuning(tiny_llama: LlamaForCausalLM) -> None:
     names = [n for n, _ in tiny_llama.named_parameters()]
     for weights, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         method = FullFinetune(weights)
         model = check_training(method, tiny_llama, names, 0.01)
         assert {p.dtype for p in model.parameters()} == {dtype}
         assert method.merge(model) is model
+    state = check_resume(FullFinetune, tiny_llama, 0.01)
+    assert set(state) == set(names)
 
 
 def test_lora(

