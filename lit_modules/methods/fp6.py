@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from falqon.errors import InputError
 from lit_modules.methods.libraries import torchao
-from lit_modules.methods.packing import pack6, unpack6
+from lit_modules.methods.packing import look_up, pack6, pair_table, pairs6
 from lit_modules.methods.quantised import LoraOnFrozen, QuantisedLinear, frozen
 
 Format6 = Literal["e3m2", "e2m3"]
@@ -45,15 +45,12 @@ class Fp6Linear(QuantisedLinear):
         codes = getattr(kernels, f"f32_to_f6_{fmt}_unpacked")((weight / scale).contiguous())
         self.codes, self.scale = frozen(pack6(codes)), frozen(scale)
         values = getattr(kernels, f"f6_{fmt}_unpacked_to_f32")
-        # All 64 of them: looking a code up costs less than taking its bits apart in each pass.
-        self.register_buffer(
-            "values", values(torch.arange(64, dtype=torch.uint8)), persistent=False
-        )
+        table = pair_table(values(torch.arange(64, dtype=torch.uint8))).to(weight.device)
+        self.register_buffer("table", table, persistent=False)
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """Value of the code times scale, float32 arithmetic."""
-        codes = unpack6(self.codes)
-        values = self.get_buffer("values").float()[codes.to(torch.int32)]
+        values = look_up(self.get_buffer("table"), pairs6(self.codes))
         return values.mul_(self.scale).to(dtype)
 
 

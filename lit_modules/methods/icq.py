@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from falqon.errors import InputError
 from falqon.fp8 import E4M3, dequantize, quantize
-from lit_modules.methods.packing import pack4, unpack4
+from lit_modules.methods.packing import look_up, pack4, pair_table
 from lit_modules.methods.quantised import QuantisedLinear, frozen
 
 BLOCK = 64
@@ -119,7 +119,8 @@ class IcqLinear(QuantisedLinear):
         self.tau, self.tau_scale = map(frozen, double_quantise(tau[:, 0]))
         self.mean = frozen(absmax.mean().reshape(1))
         self.absmax, self.absmax_scale = map(frozen, double_quantise(absmax[:, 0] - self.mean))
-        self.register_buffer("nf4", torch.tensor(NF4, device=weight.device), persistent=False)
+        table = pair_table(torch.tensor(NF4, device=weight.device))
+        self.register_buffer("table", table, persistent=False)
 
     def _constants(self, codes: Tensor, scale: Tensor) -> Tensor:
         count = self.out_features * self.in_features // BLOCK
@@ -128,12 +129,8 @@ class IcqLinear(QuantisedLinear):
     def _scales(self) -> Tensor:
         return self._constants(self.absmax, self.absmax_scale) + self.mean
 
-    def block_codes(self) -> Tensor:
-        """Codes, uint8 [blocks, 64]."""
-        return unpack4(self.codes).view(-1, BLOCK)
-
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """`s NF4[q] + tau`, float32 arithmetic."""
-        values = self.get_buffer("nf4").float()[self.block_codes().to(torch.int32)]
+        values = look_up(self.get_buffer("table"), self.codes).view(-1, BLOCK)
         values = values.mul_(self._scales()).add_(self._constants(self.tau, self.tau_scale))
         return values.view(self.out_features, self.in_features).to(dtype)

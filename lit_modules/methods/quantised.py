@@ -24,16 +24,19 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class KeepsDtypes(nn.Module):
-    """A module whose own parameters, but for the bias, `model.to(dtype)` moves but never rounds."""
+    """A module of which `model.to(dtype)` moves, but never rounds, all tensors but the bias."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsDtypes:
         kept = {n: p.data for n, p in self.named_parameters(recurse=False) if n != "bias"}
+        buffers = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, before in kept.items():
             parameter = getattr(self, name)
             if parameter.dtype != before.dtype:
                 parameter.data = before.to(parameter.device)
                 parameter.grad = None  # of the other dtype; there is none while a model is set up
+        for name, before in buffers.items():
+            self._buffers[name] = before.to(self.get_buffer(name).device)
         return self
 
 

@@ -92,10 +92,15 @@ def test_mx(fmt: str, largest_exponent: int, layer: nn.Linear) -> None:
 
 
 @pytest.mark.parametrize("fmt", ["mxfp8", "mxfp4"])
-def test_mx_values_are_exact_in_bfloat16(fmt: str, layer: nn.Linear) -> None:
+def test_mx_values_are_torchaos_and_exact_in_bfloat16(fmt: str, layer: nn.Linear) -> None:
     made = MxLinear(layer, fmt, "layer")  # type: ignore[arg-type]
     exact = made.dequantise(torch.float32)
     assert torch.equal(made.dequantise(torch.bfloat16).float(), exact)
+    codes = made.codes if fmt == "mxfp4" else made.codes.view(torch.float8_e4m3fn)
+    kind = torch.float4_e2m1fn_x2 if fmt == "mxfp4" else torch.float8_e4m3fn
+    scale = made.scale.view(torch.float8_e8m0fnu)
+    library = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
+    assert torch.equal(exact, library.to_dtype(codes, scale, kind, 32, torch.float32))
 
 
 @pytest.mark.parametrize("kind", [Fp6Linear, MxLinear])

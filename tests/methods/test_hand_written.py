@@ -66,7 +66,11 @@ def test_exactly_the_intended_parameters_train(case: str, tiny_llama: LlamaForCa
     assert kinds == {torch.float32}
     # What holds codes and scales stays as it is when the model is moved to another dtype.
     before = deepcopy(model.state_dict())
+    layers = [m for m in model.modules() if isinstance(m, QuantisedLinear)]
+    weights = [layer.dequantise(torch.float32) for layer in layers]
     model.to(torch.float16)
+    for layer, weight in zip(layers, weights, strict=True):
+        assert torch.equal(layer.dequantise(torch.float32), weight)
     for name, value in model.state_dict().items():
         if value.dtype == torch.float16:
             assert before[name].dtype == torch.bfloat16, name

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from lit_modules.methods.packing import pack4, pack6, unpack4, unpack6
+from lit_modules.methods.packing import pack4, pack6, pairs6, unpack4
 from lit_modules.methods.peqa import SHRINKINGS, ScaledLinear
 from lit_modules.methods.qa_lora import Int4Linear, PooledLora
 
@@ -24,7 +24,8 @@ def linear(out: int, inputs: int, bias: bool = False) -> nn.Linear:
 def test_packing_keeps_every_bit() -> None:
     codes = torch.arange(64, dtype=torch.uint8).repeat(3, 1)
     assert pack6(codes).shape == (3, 48)
-    assert torch.equal(unpack6(pack6(codes)), codes)
+    pairs = pairs6(pack6(codes))
+    assert torch.equal(torch.stack([pairs & 63, pairs >> 6], -1).flatten(1), codes.int())
     codes %= 16
     assert pack4(codes).shape == (3, 32)
     assert torch.equal(unpack4(pack4(codes)), codes)
