@@ -24,14 +24,18 @@ class Probe(Callback):
     """Times every step and looks at what it trained.
 
     Args:
-        warmup: Steps that are not timed; gradients are looked at in these, and the last one is
-            profiled.
-        profiled: Whether to profile it.
+        warmup: First steps, whose memory does not count.
+        profile_from: First step that is profiled; none if None.
+        profile_steps: How many are. Several, since methods do not do the same in every step.
     """
 
-    def __init__(self, warmup: int = 3, profiled: bool = True) -> None:
+    def __init__(
+        self, warmup: int = 3, profile_from: int | None = None, profile_steps: int = 1
+    ) -> None:
         self.warmup = warmup
-        self.profiled = profiled
+        self.profiled = range(0)
+        if profile_from is not None:
+            self.profiled = range(profile_from, profile_from + profile_steps)
         self.steps: list[dict[str, float]] = []
         self.validations: list[dict[str, float]] = []
         self.parts: dict[str, float] = {}
@@ -73,10 +77,11 @@ class Probe(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.profiled and len(self.steps) == self.warmup - 1:
+        step = len(self.steps)
+        if step in self.profiled and self._profile is None:
             self._profile = profile(activities=_activities(), acc_events=True)
             self._profile.start()
-        if len(self.steps) >= self.warmup:
+        if step >= self.warmup:
             reset_peak_rss()
         _wait(trainer)
         self._start = time.perf_counter()
@@ -86,10 +91,13 @@ class Probe(Callback):
     ) -> None:
         _wait(trainer)
         seconds = time.perf_counter() - self._start
-        if self._profile is not None:
+        step = len(self.steps)
+        if self._profile is not None and step + 1 not in self.profiled:
             self._profile.stop()
-            self.parts, self._profile = breakdown(self._profile.events()), None
-        if len(self.steps) >= self.warmup:
+            total = breakdown(self._profile.events())
+            self.parts = {part: value / len(self.profiled) for part, value in total.items()}
+            self._profile = None
+        if step >= self.warmup and step not in self.profiled:
             self.peak_rss = max(self.peak_rss, peak_rss())
         self.steps.append(
             {
@@ -97,6 +105,7 @@ class Probe(Callback):
                 "tokens": int(count_tokens(batch)),
                 "positions": batch["input_ids"].numel(),
                 "loss": float(trainer.callback_metrics["train/loss"]),
+                "profiled": step in self.profiled,
             }
         )
 

@@ -49,7 +49,7 @@ def timed(rounds: list[dict[str, Any]], warmup: int) -> dict[tuple[int, int], di
         (number, step): entry
         for number, result in enumerate(rounds)
         for step, entry in enumerate(result["steps"])
-        if step >= warmup
+        if step >= warmup and not entry["profiled"]
     }
 
 
@@ -238,12 +238,12 @@ def plot_losses(full: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def breakdown(rounds: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds by part of the step that was profiled, in whichever round that was."""
+    """Seconds by part, mean of the steps that were profiled, in whichever round these were."""
     return next((dict(r["breakdown"]) for r in rounds if r.get("breakdown")), {})
 
 
 def plot_breakdown(parts: dict[str, dict[str, float]], path: Path) -> None:
-    """Seconds of one profiled step by part, a bar a method (the paper's Fig. 4)."""
+    """Seconds of a step by part, a bar a method (the paper's Fig. 4)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.4 + 0.4 * len(parts)), layout="constrained")
@@ -255,6 +255,6 @@ def plot_breakdown(parts: dict[str, dict[str, float]], path: Path) -> None:
         axes.barh(names, values, left=start, label=part)
         start = [a + b for a, b in zip(start, values, strict=True)]
     axes.invert_yaxis()
-    axes.set_xlabel("seconds in one step, by the profiler (which slows it down)")
+    axes.set_xlabel("seconds a step, by the profiler (which slows it down)")
     axes.legend(fontsize="small", ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.savefig(path, dpi=120)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -53,6 +54,8 @@ def check_run(cli: Callable[..., Any], config: dict[str, Any], root: Path) -> di
     """
     config["trainer"]["default_root_dir"] = str(root / "straight")
     module = cli("fit", config).model
+    summary = json.loads((root / "straight" / "summary.json").read_text())
+    assert summary["method"]["name"] == module.method.name
     validated = losses(root / "straight", "val/loss")
     assert validated[-1] < validated[0]
     config["trainer"]["default_root_dir"] = str(root / "resumed")

@@ -104,6 +104,9 @@ class RunReport(Callback):
             "peak_memory_bytes": peak_memory(trainer.strategy.root_device),
             "run_directory": os.path.abspath(trainer.default_root_dir),
         }
+        method = getattr(pl_module, "method", None)
+        if method is not None:
+            summary["method"] = method.describe()
         if isinstance(plugin, FalqonPrecision) and plugin.report is not None:
             summary |= {
                 "melded_layers": len(plugin.layers),

@@ -56,8 +56,9 @@ def test_two_methods_side_by_side(
     assert [s["tokens"] for s in falqon[0]["steps"]] == [s["tokens"] for s in lora[0]["steps"]]
     assert [v["step"] for v in lora[0]["validations"]][:3] == [0, 4, 8]
     parts = compare_report.breakdown(falqon)
-    assert set(parts) == set(PARTS) and parts["matmul"] > 0 and parts["update"] > 0
-    assert compare_report.breakdown(lora)["update"] < 0.1 * parts["update"]
+    assert set(parts) == set(PARTS) and parts["matmul"] > 0
+    assert parts["update"] > compare_report.breakdown(lora)["update"]
+    assert [step["profiled"] for step in lora[0]["steps"]] == [False, True] + [False] * 6
     for name in ("step_time", "loss", "breakdown"):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
     assert not list(tmp_path.rglob("*.ckpt"))
@@ -90,7 +91,8 @@ def result(**changes: Any) -> dict[str, Any]:
     ]
     return {
         "steps": [
-            {"seconds": 1.0 + i % 2, "tokens": 80, "positions": 100, "loss": 2.0} for i in range(10)
+            {"seconds": 1.0 + i % 2, "tokens": 80, "positions": 100, "profiled": False}
+            for i in range(10)
         ],
         "validations": losses,
         "no_gradient": [],
@@ -150,14 +152,14 @@ def test_methods_take_turns_and_a_refused_one_is_left_out(
     def train(args: Namespace, name: str, path: Path, number: int) -> dict[str, Any]:
         config = compare.base_config(args, tmp_path, number)
         probe = config["trainer"]["callbacks"][0]["init_args"]
-        seen.append((name, config["trainer"]["max_steps"], int(probe["profiled"])))
+        seen.append((name, config["trainer"]["max_steps"], probe.get("profile_from")))
         return result(unchanged=["x"]) if name == "qlora" else result()
 
     monkeypatch.setattr(compare, "train", train)
     flags = arguments("model", alpaca_file, tmp_path, "--methods=lora,qlora,falqon")
     assert compare.main([*flags, "--repeats=3"]) == 1
-    full = [("lora", 8, 0), ("qlora", 8, 0), ("falqon", 8, 0)]
-    short = [("lora", 5, 1), ("falqon", 5, 1), ("lora", 5, 0), ("falqon", 5, 0)]
+    full = [("lora", 8, None), ("qlora", 8, None), ("falqon", 8, None)]
+    short = [("lora", 13, 5), ("falqon", 13, 5), ("lora", 5, None), ("falqon", 5, None)]
     assert seen == full + short
     with (tmp_path / "compare.csv").open() as file:
         assert [row["method"] for row in csv.DictReader(file)] == ["lora", "falqon"]

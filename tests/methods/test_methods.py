@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from transformers import LlamaForCausalLM
 
-from falqon import MeldedLinear
+from datamodules import AlpacaDataModule
+from falqon import InputError, MeldedLinear
+from lit_modules import LitCausalLM
 from lit_modules.methods import Falqon, FullFinetune, LoRA
+from lit_modules.methods.state import check_prepared
 from tests.method_checks import (
     LAYERS,
     check_merge,
     check_resume,
-    check_run,
     check_training,
     configure,
 )
@@ -52,12 +55,9 @@ def test_full_finetuning(tiny_llama: LlamaForCausalLM) -> None:
     assert set(state) == set(names)
 
 
-def test_lora(
-    cli: Callable, tiny_run: Callable, tmp_path: Path, tiny_llama: LlamaForCausalLM
-) -> None:
-    state = check_run(cli, configure(tiny_run(), "LoRA", 0.05, rank=4), tmp_path)
-    assert set(state) == {f"model.{name}" for name in LORA_NAMES}
+def test_lora(tiny_llama: LlamaForCausalLM) -> None:
     model = check_training(LoRA(rank=4), tiny_llama, LORA_NAMES, 0.05)
+    assert set(check_resume(lambda: LoRA(rank=4), tiny_llama, 0.05)) == set(LORA_NAMES)
     dtypes = {n: p.dtype for n, p in model.named_parameters()}
     assert {dtypes[n] for n in LORA_NAMES} == {torch.float32}
     assert {d for n, d in dtypes.items() if n not in LORA_NAMES} == {torch.bfloat16}
@@ -127,3 +127,82 @@ def test_checkpoints_that_do_not_fit(
     other.save_pretrained(tmp_path / "other")
     moved["model"]["init_args"]["model_name"] = str(tmp_path / "other")
     assert "other frozen weights" in refused(moved, path)
+
+
+class Recording(FullFinetune):
+    """Notes what the trainer calls; its own backward pass gives every parameter a gradient of 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+
+    def before_step(self, model: torch.nn.Module, step: int) -> None:
+        self.calls.append(("before_step", step))
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Any:
+        with torch.no_grad():
+            loss, tokens = super().loss(model, batch)
+        self.calls.append(("loss", int(tokens)))
+        return loss, tokens
+
+    def backward(self, model: torch.nn.Module, loss: torch.Tensor) -> bool:
+        self.calls.append(("backward",))
+        for parameter in self.trainable(model).values():
+            parameter.grad = torch.ones_like(parameter)
+        return True
+
+    def scale_gradients(self, parameters: list, factor: torch.Tensor) -> None:
+        super().scale_gradients(parameters, factor)
+        self.calls.append(("scale_gradients", float(factor), float(parameters[0].grad.mean())))
+
+    def after_step(self, model: torch.nn.Module, step: int) -> None:
+        self.calls.append(("after_step", step, float(model.model.norm.weight.detach()[0])))
+
+
+def test_what_is_called_when(tokenizer_dir: str, alpaca_file: str, tmp_path: Path) -> None:
+    method = Recording()
+    module = LitCausalLM(
+        tokenizer_dir,
+        method=method,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
+    )
+    trainer = Trainer(
+        max_steps=2,
+        accumulate_grad_batches=2,
+        limit_val_batches=0,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )
+    data = AlpacaDataModule(
+        train_path=alpaca_file, tokenizer_name=tokenizer_dir, batch_size=2, max_length=128
+    )
+    trainer.fit(module, datamodule=data)
+    names = [call[0] for call in method.calls]
+    batch = ["before_step", "loss", "backward"]
+    assert names == (batch * 2 + ["scale_gradients", "after_step"]) * 2
+    assert [call[1] for call in method.calls if call[0] == "before_step"] == [0, 0, 1, 1]
+    weight = 1.0
+    for step in (0, 1):
+        calls = method.calls[8 * step : 8 * step + 8]
+        tokens = sum(call[1] for call in calls if call[0] == "loss")
+        _, factor, gradient = calls[6]
+        assert (factor, gradient) == pytest.approx((1 / tokens, 1 / tokens))
+        weight -= 0.5 / tokens
+        assert calls[7] == ("after_step", step, pytest.approx(weight, abs=1e-6))
+
+
+def test_a_method_that_trains_something_else_than_it_says(tiny_llama: LlamaForCausalLM) -> None:
+    class Wrong(FullFinetune):
+        def trainable(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+            return {"model.norm.weight": model.get_parameter("model.norm.weight")}
+
+    with pytest.raises(InputError, match="trains other parameters than those"):
+        check_prepared(Wrong(), deepcopy(tiny_llama).requires_grad_(True))
+    with pytest.raises(InputError, match="no plain nn.Linear"):
+        LoRA(rank=4).prepare(torch.nn.Sequential())  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="found no layer to train"):
+        check_prepared(FullFinetune(), deepcopy(tiny_llama).requires_grad_(False))
