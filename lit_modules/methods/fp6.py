@@ -36,7 +36,8 @@ class Fp6Linear(QuantisedLinear):
         super().__init__(linear)
         if self.in_features % 4:
             raise InputError(
-                f"{name} has {self.in_features} input features; FP6 packs them by 4: exclude it."
+                f"{name} has {self.in_features} input features; FP6 packs them by 4: "
+                "choose another method for this model."
             )
         kernels = torchao("prototype.mx_formats.kernels")
         weight = linear.weight.detach().float()

@@ -39,7 +39,8 @@ class MxLinear(QuantisedLinear):
         super().__init__(linear)
         if self.in_features % BLOCK:
             raise InputError(
-                f"{name} has {self.in_features} input features; MX blocks have {BLOCK}: exclude it."
+                f"{name} has {self.in_features} input features; MX blocks have {BLOCK}: "
+                "choose another method for this model."
             )
         weight = linear.weight.detach().float().contiguous()
         to_mx = torchao("prototype.mx_formats.mx_tensor").to_mx

@@ -23,8 +23,8 @@ def groups_of(weight: Tensor, size: int, name: str) -> Tensor:
     """
     if size < 2 or size % 2 or weight.shape[1] % size:
         raise InputError(
-            f"group_size {size} does not fit {name}, which has {weight.shape[1]} input features: "
-            "give an even divisor of them, or exclude that layer."
+            f"method.group_size {size} does not fit {name}, which has {weight.shape[1]} input "
+            "features: give an even divisor of them."
         )
     return weight.detach().float().unflatten(1, (-1, size))
 
