@@ -173,7 +173,7 @@ _COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
     _add_inspect,
     _add_export,
     _add_generate,
-    # _add_evaluate,
+    _add_evaluate,
     _add_doctor,
 )
 

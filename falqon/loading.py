@@ -358,6 +358,6 @@ def _open_exported(
             )
         model, report = loaded
         check_complete(source, model, report)
-        return model  # type: ignore[no-any-return]
+        return model
 
     return Opened(description, source, revision, False, load)
