@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,8 +53,9 @@ class Description:
         base_revision: Of it, on the hub.
         prompt: Prompt format of the training, if it is recorded.
         step: Optimizer steps of the training.
-        sha256: Of the training state, as `falqon inspect` shows it; of the configuration for a
-            directory.
+        sha256: If it was asked for: of the training state, as `falqon inspect` shows it, or of
+            the weight files of a directory.
+        commit: Of a hub id.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Description:
     prompt: str | None = None
     step: int | None = None
     sha256: str | None = None
+    commit: str | None = None
 
     def plain(self) -> dict[str, Any]:
         """The attributes, ready for JSON."""
@@ -118,6 +120,7 @@ def open_model(
     revision: str | None = None,
     as_trained: bool = False,
     base: str | None = None,
+    hashed: bool = False,
     trust_remote_code: bool = False,
     attn_implementation: str = "sdpa",
 ) -> Opened:
@@ -131,6 +134,7 @@ def open_model(
         as_trained: Take a checkpoint with pending changes, and compute as validation within the
             training does: they act if the update policy is `live`, else they do not yet.
         base: Where the model that was trained is now; None for what the checkpoint says.
+        hashed: Hash the weights, which reads all of them.
         trust_remote_code: Run code that comes with the model. Only for sources you trust.
         attn_implementation: What transformers is to compute attention with.
 
@@ -140,22 +144,44 @@ def open_model(
     path = Path(name).expanduser()
     if path.suffix == ".ckpt" or (path / SERVED).exists() or (path / LAST).exists():
         trained = read_trained(path, pending=as_trained)
-        return _open_trained(name, trained, base, revision, trust_remote_code, attn_implementation)
+        opened = _open_trained(
+            name, trained, base, revision, trust_remote_code, attn_implementation
+        )
+        digest = training_hash(trained.checkpoint) if hashed else None
+        return replace(opened, description=replace(opened.description, sha256=digest))
     source = resolve(name)
     if source.is_local and (directory := open_melded(source.path)) is not None:
-        return _open_melded(name, source, directory, attn_implementation)
-    config = load_config(name, trust_remote_code=trust_remote_code, revision=revision)
-    if _quant_method(config) == "compressed-tensors":
-        return _open_exported(name, source, config, base, revision, attn_implementation)
-    refuse_quantized(source, config)
+        opened = _open_melded(name, source, directory, attn_implementation)
+    else:
+        config = load_config(name, trust_remote_code=trust_remote_code, revision=revision)
+        if _quant_method(config) == "compressed-tensors":
+            opened = _open_exported(name, source, config, base, revision, attn_implementation)
+        else:
+            refuse_quantized(source, config)
+            opened = _open_plain(
+                name, source, config, base, revision, trust_remote_code, attn_implementation
+            )
+    digest = _hash_weights(source) if hashed else None
+    return replace(opened, description=replace(opened.description, sha256=digest))
+
+
+def _open_plain(
+    name: str,
+    source: ModelSource,
+    config: Any,
+    base: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    attn_implementation: str,
+) -> Opened:
     description = Description(
         name=name,
         kind="model",
         file=source.path if source.is_local else None,
         weights="bf16",
-        base=base,
-        sha256=_config_hash(source),
-        **_recorded(config),
+        base=base or _recorded(config, "base"),
+        prompt=_recorded(config, "prompt"),
+        commit=getattr(config, "_commit_hash", None),
     )
 
     def load(device: torch.device) -> PreTrainedModel:
@@ -169,20 +195,25 @@ def open_model(
     return Opened(description, source, revision, trust_remote_code, load)
 
 
-def _recorded(config: Any) -> dict[str, Any]:
-    """The prompt format that an export wrote into its configuration."""
+def _recorded(config: Any, key: str) -> str | None:
+    """What an export wrote into its configuration: `prompt` (format) and `base` (model)."""
     recorded = getattr(config, "falqon", None)
-    prompt = recorded.get("prompt") if isinstance(recorded, Mapping) else None
-    return {"prompt": prompt if isinstance(prompt, str) else None}
+    value = recorded.get(key) if isinstance(recorded, Mapping) else None
+    return value if isinstance(value, str) else None
 
 
-def _config_hash(source: ModelSource) -> str | None:
-    """SHA-256 of what says which weights these are: the index or configuration, or the GGUF's."""
+def _hash_weights(source: ModelSource) -> str | None:
+    """SHA-256 of names and SHA-256 of the weight files; None on the hub."""
     if not source.is_local:
         return None
-    file = Path(source.path) / (source.gguf_file or "config.json")
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    root = Path(source.path)
+    files = [root / source.gguf_file] if source.gguf_file else sorted(root.glob("*.safetensors"))
+    total = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{digest}  {path.name}\n".encode())
+    return total.hexdigest()
 
 
 def _quant_method(config: Any) -> str | None:
@@ -225,7 +256,6 @@ def _open_trained(
         base_revision=untuned[1],
         prompt=origin.get("prompt"),
         step=trained.step,
-        sha256=training_hash(trained.checkpoint),
     )
 
     def load(device: torch.device) -> PreTrainedModel:
@@ -308,7 +338,6 @@ def _open_melded(
         weights="melded FP8, untrained",
         base=origin["name"],
         base_revision=origin["revision"],
-        sha256=_config_hash(source),
     )
 
     def load(device: torch.device) -> PreTrainedModel:
@@ -334,16 +363,14 @@ def _open_exported(
             f"{name} is stored as compressed-tensors, and the package that reads it is missing: "
             "pip install compressed-tensors."
         )
-    recorded = getattr(config, "falqon", None)
-    known = recorded.get("base") if isinstance(recorded, Mapping) else None
     description = Description(
         name=name,
         kind="exported",
         file=source.path if source.is_local else None,
         weights="FP8, compressed-tensors",
-        base=base or (known if isinstance(known, str) else None),
-        sha256=_config_hash(source),
-        **_recorded(config),
+        base=base or _recorded(config, "base"),
+        prompt=_recorded(config, "prompt"),
+        commit=getattr(config, "_commit_hash", None),
     )
 
     def load(device: torch.device) -> PreTrainedModel:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from falqon import Fp8Recipe, InputError, MeldRecipe, melded_layers
-from falqon.checkpoint import AtomicCheckpointIO, read_checkpoint
+from falqon.checkpoint import AtomicCheckpointIO, read_checkpoint, training_hash
 from falqon.export import export_model
 from falqon.loading import open_model
 from falqon.premeld.run import premeld
@@ -40,7 +40,7 @@ def test_a_run_gives_the_logits_of_the_model_in_memory(
     config = tiny_run(**plugin)
     fit = cli("fit", config)
     trained = fit.model.model.eval()
-    opened = open_model(config["trainer"]["default_root_dir"])
+    opened = open_model(config["trainer"]["default_root_dir"], hashed=True)
     loaded = opened.load()
     assert torch.equal(logits(loaded), logits(trained))
     assert type(loaded.model.layers[0]) is type(trained.model.layers[0])  # grouped alike
@@ -48,7 +48,7 @@ def test_a_run_gives_the_logits_of_the_model_in_memory(
     assert (found.kind, found.step, found.prompt) == ("checkpoint", 6, "alpaca")
     assert found.base == config["model"]["init_args"]["model_name"]
     assert Path(found.file).name == "served.ckpt"
-    assert len(found.sha256) == 64
+    assert found.sha256 == training_hash(read_checkpoint(found.file))
     json.dumps(found.plain())
     assert not any(p.requires_grad for p in loaded.parameters())
     base = open_model(found.base).load()
@@ -80,11 +80,11 @@ def test_directories(cli: Callable, tiny_run: Callable, tmp_path: Path, tokenize
     for form in ("compressed-tensors", "bf16"):
         export_model(root, tmp_path / form, form)
     opened = open_model(str(tmp_path / "compressed-tensors"))
-    assert opened.description.kind == "exported"
+    assert (opened.description.kind, opened.description.prompt) == ("exported", "alpaca")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "compressed-tensors").eval()
     assert torch.equal(logits(opened.load()), logits(plain))
     bf16 = open_model(str(tmp_path / "bf16"))
-    assert bf16.description.kind == "model"
+    assert (bf16.description.kind, bf16.description.prompt) == ("model", "alpaca")
     name, layer = next(iter(melded_layers(fit.model.model).items()))
     stored = bf16.load().get_submodule(name).weight.float()
     assert torch.equal(stored, layer.dequantized_weight())

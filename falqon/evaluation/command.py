@@ -160,6 +160,7 @@ def _open(arguments: argparse.Namespace) -> dict[str, Opened]:
         revision=arguments.revision,
         as_trained=arguments.as_trained,
         base=arguments.base,
+        hashed=True,
         trust_remote_code=arguments.trust_remote_code,
     )
     if not arguments.with_base:
@@ -172,6 +173,7 @@ def _open(arguments: argparse.Namespace) -> dict[str, Opened]:
     base = open_model(
         about.base,
         revision=about.base_revision,
+        hashed=True,
         trust_remote_code=arguments.trust_remote_code,
     )
     return {"base": base, "model": opened}

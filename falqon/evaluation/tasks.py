@@ -125,14 +125,21 @@ def _manager(names: tuple[str, ...], include: Sequence[str]) -> tuple[tuple[str,
     for name in names:
         expanded += _in_directory(name) if _is_directory(name) else [name]
     known = set(manager.all_tasks)
-    if any(name not in known and not _is_file(name) for name in expanded):
+    missing = [name for name in expanded if name not in known and not _is_file(name)]
+    for name in filter(_is_path, missing):
+        raise InputError(f"there is no task file or directory {name!r}. Check the path.")
+    if missing:
         sys.stderr.write("reading the names of lm-eval's tasks (about 10 s)\n")
         manager = TaskManager(include_path=folders)
         known = set(manager.all_tasks)
-    for name in expanded:
-        if name not in known and not _is_file(name):
+    for name in missing:
+        if name not in known:
             raise _unknown(name, known)
     return tuple(expanded), manager
+
+
+def _is_path(name: str) -> bool:
+    return "/" in name or name.endswith((".yaml", ".yml"))
 
 
 def _is_file(name: str) -> bool:
@@ -154,8 +161,6 @@ def _in_directory(name: str) -> list[str]:
 
 
 def _unknown(name: str, known: set[str]) -> InputError:
-    if "/" in name or name.endswith((".yaml", ".yml")):
-        return InputError(f"there is no task file or directory {name!r}. Check the path.")
     near = difflib.get_close_matches(name, sorted(known), n=3)
     hint = f" Did you mean {', '.join(near)}?" if near else ""
     return InputError(
