@@ -16,7 +16,7 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from falqon.errors import InputError
-from falqon.generation import Sampling, answer
+from falqon.generation.answers import Sampling, answer
 from falqon.precision import FalqonPrecision
 from falqon.premeld.directory import MeldedDirectory, open_melded
 from falqon.premeld.load import load_melded
