@@ -103,6 +103,13 @@ class Opened:
         moved: PreTrainedModel = model.to(target)
         return moved.eval()
 
+    def longest_context(self) -> int | None:
+        """Tokens that the model has positions for; None if its configuration does not say."""
+        config = load_config(
+            self.source.name, trust_remote_code=self.trust_remote_code, revision=self.revision
+        )
+        return getattr(config, "max_position_embeddings", None)
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer.
 

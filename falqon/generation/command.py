@@ -115,6 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
     encoded = [encode_prompt(form, tokenizer, p.text, p.context) for p in prompts]
     if not all(encoded):
         raise InputError("a prompt has no token. Write something, or choose another prompt format.")
+    _check_lengths(encoded, opened.longest_context())
     model = opened.load(device)
     rows: list[dict[str, Any]] = []
     for row in _answers(model, tokenizer, prompts, encoded, sampling, arguments):
@@ -135,6 +136,16 @@ def check_batch_size(size: int) -> None:
     """
     if size < 1:
         raise InputError(f"--batch-size is {size}; it must be at least 1.")
+
+
+def _check_lengths(encoded: Sequence[Sequence[int]], limit: int | None) -> None:
+    """Refuse prompts that the model has no positions for."""
+    for number, tokens in enumerate(encoded, 1):
+        if limit is not None and len(tokens) >= limit:
+            raise InputError(
+                f"prompt {number} has {len(tokens)} tokens, and the model takes {limit} with the "
+                "answer. Shorten it."
+            )
 
 
 def _prompts(arguments: argparse.Namespace) -> list[Any]:
