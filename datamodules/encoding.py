@@ -17,6 +17,7 @@ import numpy.typing as npt
 from datamodules.examples import Example
 from datamodules.prompts import PromptStyle, Rendered
 from falqon.errors import InputError
+from falqon.prompts import adds_bos
 
 Document: TypeAlias = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]
 """Token ids [n] int32 and which of them are supervised [n] bool."""
@@ -193,7 +194,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.style = style
         self.max_length = max_length
-        self.bos = [tokenizer.bos_token_id] if style.adds_bos and _adds_bos(tokenizer) else []
+        self.bos = [tokenizer.bos_token_id] if style.adds_bos and adds_bos(tokenizer) else []
 
     def encode(self, examples: Sequence[Example]) -> Encoded:
         """Tokenises, masks and truncates examples.
@@ -335,9 +336,3 @@ def _mask(ends: npt.NDArray[np.int64], spans: Iterable[tuple[int, int]]) -> npt.
         first, last = np.searchsorted(ends, [start, stop], side="right")
         mask[first:last] = True
     return mask
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer itself puts a BOS in front of a text."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]

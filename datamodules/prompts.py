@@ -8,22 +8,7 @@ from typing import Any, Protocol
 
 from datamodules.examples import Example
 from falqon.errors import InputError
-
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
-"""The Stanford Alpaca prompt for rows with an input."""
-
-ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
-)
-"""The Stanford Alpaca prompt for rows without an input."""
-
-HUMAN, ASSISTANT = "### Human:", "### Assistant:"
-"""Turn headers of openassistant-guanaco."""
+from falqon.prompts import ASSISTANT, HUMAN, alpaca_template, with_context
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +63,7 @@ class AlpacaPrompt:
     def render(self, example: Example) -> Rendered:
         """Renders a single-turn example; the response and the EOS token are supervised."""
         instruction, response = example.turns
-        template = ALPACA_WITH_INPUT if example.context.strip() else ALPACA_WITHOUT_INPUT
+        template = alpaca_template(example.context)
         prompt = template.format(instruction=instruction, input=example.context)
         text = f"{prompt}{response}{self.eos_token}"
         return Rendered(
@@ -239,8 +224,7 @@ def _pairs(example: Example) -> list[tuple[str, str]]:
 
 
 def _first_user(example: Example) -> str:
-    user = example.turns[0]
-    return f"{user}\n\n{example.context}" if example.context.strip() else user
+    return with_context(example.turns[0], example.context)
 
 
 def _messages(example: Example) -> list[dict[str, str]]:

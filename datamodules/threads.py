@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from datamodules.cells import flag_cell, rank_cell, require_columns, text_cell
 from datamodules.examples import Example
-from datamodules.prompts import ASSISTANT, HUMAN
 from datamodules.sources import Rows
 from falqon.errors import InputError
+from falqon.prompts import ASSISTANT, HUMAN
 
 _EXPORTED = "ready_for_export"
 _ROLES = {"prompter": "user", "user": "user", "assistant": "assistant"}

@@ -152,10 +152,28 @@ def _add_meld(subparsers: Subparsers) -> None:
     parser.set_defaults(run=run)
 
 
+def _add_generate(subparsers: Subparsers) -> None:
+    from falqon.generation.command import add_arguments, run
+
+    parser = subparsers.add_parser("generate", help="answer prompts with a trained model")
+    add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_evaluate(subparsers: Subparsers) -> None:
+    from falqon.evaluation.command import add_arguments, run
+
+    parser = subparsers.add_parser("evaluate", help="score a trained model, and its base beside it")
+    add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
 _COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
     _add_meld,
     _add_inspect,
     _add_export,
+    _add_generate,
+    _add_evaluate,
     _add_doctor,
 )
 

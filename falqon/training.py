@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -20,10 +21,12 @@ from falqon.callbacks.predictions import PredictionFile
 from falqon.callbacks.proxy_monitor import ProxyMonitor
 from falqon.callbacks.report import RunReport
 from falqon.callbacks.run_checkpoint import RunCheckpoint
-from falqon.callbacks.run_dir import restore_archived_run
+from falqon.callbacks.run_dir import TEST_FILE, restore_archived_run
+from falqon.callbacks.task_evaluation import TaskEvaluation
 from falqon.callbacks.throughput import Throughput
 from falqon.checkpoint import SERVED, AtomicCheckpointIO, read_checkpoint
 from falqon.errors import InputError
+from falqon.files import write_text
 from falqon.precision import FalqonPrecision
 
 
@@ -55,14 +58,15 @@ class FalqonCLI(LightningCLI):
     """LightningCLI with the run's files, loggers and report.
 
     Beside `trainer`, `model` and `data` a configuration has `checkpoint` (`RunCheckpoint`),
-    `report` (`RunReport`) and `wandb` (`WandbSettings`). Interpolation (`${seed_everything}`) is
-    resolved once, after all files and flags.
+    `report` (`RunReport`), `evaluation` (`TaskEvaluation`) and `wandb` (`WandbSettings`).
+    Interpolation (`${seed_everything}`) is resolved once, after all files and flags.
     """
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RunReport, "report")
+        parser.add_lightning_class_args(TaskEvaluation, "evaluation")
         parser.add_class_arguments(WandbSettings, "wandb")
         for source, target in (
             ("model_name", "tokenizer_name"),
@@ -192,6 +196,15 @@ class FalqonCLI(LightningCLI):
         report.finish(self.trainer, self.model)
         if isinstance(plugin, FalqonPrecision):
             self._save_served(plugin)
+
+    def after_test(self) -> None:
+        """Write what `test` found to `<default_root_dir>/test.json`."""
+        if not self.trainer.is_global_zero:
+            return
+        found = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        path = Path(self.trainer.default_root_dir) / TEST_FILE
+        report = {"checkpoint": self._get(self.config_init, "ckpt_path"), "metrics": found}
+        write_text(path, json.dumps(report, indent=2) + "\n")
 
     def _save_served(self, plugin: FalqonPrecision) -> None:
         """Save the weights with nothing pending: those that were validated, for `falqon export`."""

@@ -17,6 +17,7 @@ from torch.profiler import record_function
 from transformers import PreTrainedModel
 
 from falqon.errors import InputError
+from falqon.generation.answers import Sampling, answer
 from falqon.precision import FalqonPrecision
 from falqon.premeld.directory import MeldedDirectory, open_melded
 from falqon.premeld.load import load_melded
@@ -75,10 +76,7 @@ class LitCausalLM(LightningModule):
         method: Method | None = None,
     ) -> None:
         super().__init__()
-        if max_new_tokens < 1:
-            raise InputError(f"model.max_new_tokens is {max_new_tokens}; it must be at least 1.")
-        if temperature < 0:
-            raise InputError(f"model.temperature is {temperature}; it must not be negative.")
+        Sampling(max_new_tokens, temperature)  # refuses what is out of range
         self.model_name = model_name
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -365,7 +363,6 @@ class LitCausalLM(LightningModule):
 
     # -- generation ---------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def generate(self, batch: dict[str, Any], max_new_tokens: int | None = None) -> list[str]:
         """Answer prompts.
 
@@ -378,41 +375,10 @@ class LitCausalLM(LightningModule):
         """
         assert self.model is not None
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        ids = batch["input_ids"].to(self.device)
-        sampling: dict[str, Any] = {"do_sample": False}
-        if self.temperature > 0:
-            sampling = {"do_sample": True, "temperature": self.temperature}
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with self.method.compute():
-                tokens = self.model.generate(  # type: ignore[operator]
-                    input_ids=ids,
-                    attention_mask=batch["attention_mask"].to(self.device),
-                    max_new_tokens=max_new_tokens or self.max_new_tokens,
-                    eos_token_id=self._ends(tokenizer),
-                    pad_token_id=tokenizer.pad_token_id
-                    if tokenizer.pad_token_id is not None
-                    else tokenizer.eos_token_id,
-                    **sampling,
-                )
-        finally:
-            self.model.train(was_training)
-        answers: list[str] = tokenizer.batch_decode(
-            tokens[:, ids.shape[1] :], skip_special_tokens=True
-        )
-        return [answer.strip() for answer in answers]
-
-    def _ends(self, tokenizer: Any) -> list[int]:
-        """Ids that end an answer: the model's own, and the tokenizer's end and end-of-turn."""
-        assert self.model is not None
-        own = self.model.generation_config.eos_token_id
-        ends = set(own if isinstance(own, list) else [own])
-        for token in (tokenizer.eos_token, "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"):
-            known = tokenizer.get_vocab().get(token)
-            if known in tokenizer.all_special_ids:
-                ends.add(known)
-        return sorted(end for end in ends if end is not None)
+        sampling = Sampling(max_new_tokens or self.max_new_tokens, self.temperature)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        with self.method.compute():
+            return answer(self.model, tokenizer, ids, mask, sampling)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Answers beside the rows' numbers, prompts and references, where the batch has these."""
@@ -426,8 +392,10 @@ class LitCausalLM(LightningModule):
     # -- checkpoints --------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add where the model came from and the untuned loss."""
+        """Add where the model came from, how it is prompted, and the untuned loss."""
+        data = getattr(self.trainer, "datamodule", None)
         checkpoint["LitCausalLM"] = {
+            "prompt": getattr(data, "prompt", None),
             "model_name": self.model_name,
             "revision": self.revision,
             "base_loss": self.base_loss,

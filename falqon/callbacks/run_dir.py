@@ -8,6 +8,7 @@ from pathlib import Path
 from falqon.errors import InputError
 
 PREVIOUS = "previous"
+TEST_FILE = "test.json"
 # What a run writes into its directory. Anything else there is the user's and stays.
 RUN_FILES = (
     "metrics.csv",
@@ -18,6 +19,7 @@ RUN_FILES = (
     "served.ckpt",
     "wandb",
     "predictions*.jsonl",
+    TEST_FILE,
 )
 
 

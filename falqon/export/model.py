@@ -26,7 +26,7 @@ from falqon.export.directory import (
 )
 from falqon.export.source import Trained, read_trained
 from falqon.export.tensors import Format, Tensors, quantization_config
-from falqon.pretrained import load_config, load_tokenizer, resolve
+from falqon.pretrained import PACKAGE_PREFIX, load_config, load_tokenizer, resolve
 
 FORMATS: tuple[str, ...] = get_args(Format)
 
@@ -86,11 +86,23 @@ def export_model(
         _generation(name, revision, outline, tokenizer).to_json_file(generation)
         if format == "compressed-tensors":
             outline.config.quantization_config = quantization_config(tensors.ignore)
+        outline.config.falqon = _origin(trained, name)
         outline.config.save_pretrained(directory)
         report = _report(trained, name, tensors, directory)
         card = model_card(report, trained, base=None if resolve(name).is_local else name)
         (directory / "README.md").write_text(card, encoding="utf-8")
     return {"output": str(output), **report}
+
+
+def _origin(trained: Trained, name: str) -> dict[str, str]:
+    """What whoever uses the export wants to know: the prompt format, and a base to compare with.
+
+    A local path means nothing where the export goes, so it is left out.
+    """
+    found = {"prompt": trained.origin.get("prompt")}
+    if name.startswith(PACKAGE_PREFIX) or not resolve(name).is_local:
+        found["base"] = name
+    return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
 def _report(trained: Trained, name: str, tensors: Tensors, directory: Path) -> dict[str, Any]:

@@ -63,12 +63,13 @@ class Trained:
         return None
 
 
-def read_trained(path: str | Path) -> Trained:
-    """Read a checkpoint for export.
+def read_trained(path: str | Path, *, pending: bool = False) -> Trained:
+    """Read a checkpoint for export, or for use.
 
     Args:
         path: A checkpoint file, or a run's directory: its served.ckpt, or its last checkpoint if
             there is none.
+        pending: Take a checkpoint with changes that are not in the codes yet.
 
     Raises:
         CheckpointError: The file cannot be read, was not made by FALQON, does not fit together,
@@ -98,7 +99,8 @@ def read_trained(path: str | Path) -> Trained:
     trained = Trained(file, checkpoint, state, layers)
     for fqn in layers:
         _check_layer(trained, fqn)
-    _refuse_pending(trained, plugin)
+    if not pending:
+        _refuse_pending(trained, plugin)
     return trained
 
 

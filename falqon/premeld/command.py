@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
         melding,
         dtype=arguments.dtype,
         keep_weights=arguments.keep_weights,
-        device=_device(arguments.device),
+        device=choose_device(arguments.device),
         revision=arguments.revision,
         progress=ProgressLine(),
     )
@@ -127,7 +127,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _device(name: str | None) -> str:
+def choose_device(name: str | None) -> str:
+    """The device of a `--device` option: `cuda` if it is not given and there is one, else `cpu`.
+
+    Raises:
+        InputError: if there is no such device.
+    """
     import torch
 
     count = torch.cuda.device_count()

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
+from falqon.errors import InputError
 from falqon.linear import MeldedLinear
 from falqon.premeld.directory import MeldedDirectory
-from falqon.pretrained import check_complete, load_config, one_error, resolve
+from falqon.pretrained import ModelSource, check_complete, load_config, one_error, resolve
 from falqon.recipe import Fp8Recipe, MeldRecipe
 
 
@@ -40,12 +49,56 @@ def load_melded(
     """
     source = resolve(str(directory.path))
     config = load_config(source.name)
-    tensors = directory.tensors()
+    shapes = {name: (layer["out"], layer["in"]) for name, layer in directory.layers.items()}
+    return build_melded(
+        source,
+        config,
+        directory.tensors(),
+        shapes,
+        fp8,
+        melding,
+        dtype=directory.dtype,
+        device=device,
+        attn_implementation=attn_implementation,
+    )
+
+
+def build_melded(
+    source: ModelSource,
+    config: PreTrainedConfig,
+    tensors: dict[str, Tensor],
+    layers: Mapping[str, tuple[int, int]],
+    fp8: Fp8Recipe,
+    melding: MeldRecipe,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+    attn_implementation: str = "sdpa",
+) -> PreTrainedModel:
+    """Build a model from tensors of which some are melded.
+
+    Args:
+        source: of the model's configuration and generation settings, named in errors.
+        config: of the model.
+        tensors: by name in the model; layer `X` has `X.codes` [out + r, in] and `X.scale` [1]
+            instead of `X.weight`. These two are taken out.
+        layers: `out` and `in` of the melded layers, by full name.
+        fp8, melding: settings to run with.
+        dtype: of everything that is not melded.
+        device: of the melded layers; CPU if None.
+        attn_implementation: what transformers is to compute attention with.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        InputError: if the model cannot be built, or the tensors are not those of such a model.
+    """
     # Without memory behind it: transformers builds the layer, and then it is replaced.
-    nothing = torch.zeros(1, dtype=directory.dtype, device="cpu")
+    nothing = torch.zeros(1, dtype=dtype, device="cpu")
     state = {n: t for n, t in tensors.items() if not n.endswith((".codes", ".scale"))}
-    for name, layer in directory.layers.items():
-        state[f"{name}.weight"] = nothing.expand(layer["out"], layer["in"])
+    for name, shape in layers.items():
+        state[f"{name}.weight"] = nothing.expand(*shape)
     with one_error(source, None):
         with torch.device("meta"):
             kind = type(AutoModelForCausalLM.from_config(config))
@@ -54,18 +107,24 @@ def load_melded(
                 None,
                 config=config,
                 state_dict=state,
-                dtype=directory.dtype,
+                dtype=dtype,
                 attn_implementation=attn_implementation,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that the report names them
             )
     model, report = loaded
     check_complete(source, model, report)
-    if (directory.path / "generation_config.json").is_file():
+    if report["unexpected_keys"]:
+        raise InputError(
+            f"model_name {source.name!r}: a {kind.__name__} of its configuration has no "
+            f"{min(report['unexpected_keys'])}, which is among the weights. Name the model that "
+            "they are of."
+        )
+    if source.is_local and (Path(source.path) / "generation_config.json").is_file():
         with one_error(source, None, "generation config"):
-            model.generation_config = GenerationConfig.from_pretrained(directory.path)
+            model.generation_config = GenerationConfig.from_pretrained(source.path)
     target = torch.device("cpu" if device is None else device)
-    for name in directory.layers:
+    for name in layers:
         codes, scale = tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.scale")
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
