@@ -36,6 +36,8 @@ class LitCausalLM(LightningModule):
     Logs `train/loss`, `grad_norm` (before clipping) and `lr` for every optimizer step, `val/loss`
     and `val/perplexity`, `test/loss` and `test/perplexity`.
 
+    Checkpoints hold what `FalqonPrecision` changed, unless `saves_all_weights` is set.
+
     Args:
         model_name: Where the model is: a hub id, a local directory, a GGUF file,
             `package:NAME` for a model inside an installed Python package, or a directory that
@@ -86,6 +88,7 @@ class LitCausalLM(LightningModule):
         self.revision = revision
         self.model: PreTrainedModel | None = None
         self.base_loss: float | None = None
+        self.saves_all_weights = False
         self._sums: dict[str, Tensor] = {}
 
     # -- setting up ---------------------------------------------------------------------------
@@ -139,6 +142,8 @@ class LitCausalLM(LightningModule):
             if isinstance(plugin, FalqonPrecision):
                 plugin.convert(model, device=device, premelded=premelded)
                 rank_zero_info(str(plugin.report))
+                if self.trainer.state.fn == "fit":
+                    plugin.remember_base()
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -398,7 +403,10 @@ class LitCausalLM(LightningModule):
     # -- checkpoints --------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add where the model came from and the untuned loss."""
+        """Add where the model came from and the untuned loss; leave out what is as it was."""
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, FalqonPrecision) and not self.saves_all_weights:
+            plugin.pack_checkpoint(checkpoint)
         checkpoint["LitCausalLM"] = {
             "model_name": self.model_name,
             "revision": self.revision,
@@ -420,6 +428,8 @@ class LitCausalLM(LightningModule):
                 f"{where} was trained with FalqonPrecision: add falqon.FalqonPrecision to "
                 "trainer.plugins, with the settings of that run's config.yaml."
             )
+        if isinstance(plugin, FalqonPrecision):
+            plugin.unpack_checkpoint(checkpoint, self, where)
         expected = {name: tuple(p.shape) for name, p in self.state_dict().items()}
         found = {name: tuple(p.shape) for name, p in checkpoint["state_dict"].items()}
         if expected != found:

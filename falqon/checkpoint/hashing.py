@@ -66,6 +66,8 @@ def training_hash(checkpoint: Mapping[str, Any]) -> str:
     trained = {name: value for name, value in state.items() if name.endswith(TRAINED_SUFFIXES)}
     digest = _Digest()
     digest.add(trained or dict(state))
+    if "FalqonChanges" in checkpoint:
+        digest.add(checkpoint["FalqonChanges"])
     digest.add(checkpoint.get("optimizer_states") or [])
     policy = (checkpoint.get("FalqonPrecision") or {}).get("proxy") or {}
     if policy:
