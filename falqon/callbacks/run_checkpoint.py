@@ -66,7 +66,7 @@ class RunCheckpoint(ModelCheckpoint):
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         if hasattr(pl_module, "saves_all_weights"):
-            pl_module.saves_all_weights = self.complete
+            pl_module.saves_all_weights = self.complete  # type: ignore[assignment]
         super().setup(trainer, pl_module, stage)
 
     @override

@@ -8,6 +8,7 @@ Rows are stored as they are: comparing or compressing them would make the traini
         "version": 1,
         "shapes": {fqn: [out, in, r]},
         "scales": float32 [layers],
+        "frozen": 28000000,                    # parameters that are left out
         "rows": {fqn: int32 [k]},              # of the merged codes; those of A come last
         "codes": {fqn: uint8 [k, in]},
     }
@@ -94,6 +95,7 @@ def pack(
         "version": VERSION,
         "shapes": {n: [m.out_features, m.in_features, m.rank] for n, m in layers.items()},
         "scales": torch.cat([layer.scale.detach().cpu() for layer in layers.values()]),
+        "frozen": sum(p.numel() for _, p in frozen_parameters(module, layers)),
         "rows": rows,
         "codes": codes,
     }
