@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import struct
 import time
 import zipfile
 import zlib
@@ -37,6 +38,7 @@ SERVED = Path("served.ckpt")
 # Hidden, and never ".ckpt": nothing that lists checkpoints may take a half-written file for one.
 TEMPORARY_SUFFIX = ".falqon-partial"
 _STARTED = time.time()
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError)
 _READ_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, TypeError)
 
 
@@ -232,7 +234,7 @@ def _check_content(file: Path) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             part = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
+    except (*_READ_ERRORS, *_ZIP_ERRORS) as error:
         raise CheckpointError(
             f"{file} ({size} bytes) cannot be read as a checkpoint: it is truncated, damaged, or "
             f"something else ({error}). Use another checkpoint of the run."

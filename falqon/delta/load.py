@@ -28,6 +28,7 @@ class _Loaded:
     changes: dict[str, Change]
 
 
+# By a model's first melded layer: a model may be within another module.
 _LOADED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -56,7 +57,8 @@ def load_delta(model: nn.Module, path: str | Path | None) -> dict[str, Any] | No
     delta = open_delta(path)
     changes = delta.changes()
     layers = _layers(model, delta)
-    loaded: _Loaded | None = _LOADED.get(model)
+    first = next(iter(layers.values()))
+    loaded: _Loaded | None = _LOADED.get(first)
     if loaded is not None:
         if loaded.delta.base.sha256 != delta.base.sha256:
             raise InputError(
@@ -66,11 +68,11 @@ def load_delta(model: nn.Module, path: str | Path | None) -> dict[str, Any] | No
             )
         unload_delta(model)
     try:
-        _check(model, layers, delta)
+        _check(layers, delta)
     except InputError:
         if loaded is not None:
             _put(layers, loaded.changes)
-            _LOADED[model] = loaded
+            _LOADED[first] = loaded
         raise
     _put(layers, changes)
     for name, layer in layers.items():
@@ -79,7 +81,7 @@ def load_delta(model: nn.Module, path: str | Path | None) -> dict[str, Any] | No
             raise InputError(
                 f"{delta.path}: layer {name} does not become what was trained. Export it again."
             )
-    _LOADED[model] = _Loaded(delta, changes)
+    _LOADED[first] = _Loaded(delta, changes)
     return dict(delta.manifest)
 
 
@@ -90,7 +92,8 @@ def unload_delta(model: nn.Module) -> None:
     Args:
         model: its codes are then those of the base, bit for bit.
     """
-    loaded: _Loaded | None = _LOADED.pop(model, None)
+    first = next(iter(melded_layers(model).values()), None)
+    loaded: _Loaded | None = _LOADED.pop(first, None) if first is not None else None
     if loaded is not None:
         _put(_layers(model, loaded.delta), loaded.changes, undo=True)
 
@@ -127,7 +130,7 @@ def _layers(model: nn.Module, delta: Delta) -> dict[str, MeldedLinear]:
     return layers
 
 
-def _check(model: nn.Module, layers: dict[str, MeldedLinear], delta: Delta) -> None:
+def _check(layers: dict[str, MeldedLinear], delta: Delta) -> None:
     for name, layer in layers.items():
         if bool(layer.B.any()):
             raise InputError(

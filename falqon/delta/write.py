@@ -122,7 +122,8 @@ def _frozen(trained: Trained, base: Base) -> dict[str, str]:
         if name in weights:
             continue
         tensor = base.other(name)
-        hashes[name] = frozen_hash(tensor)
+        if trained.base is None or name in trained.base.frozen:
+            hashes[name] = frozen_hash(tensor)
         if isinstance(trained.state, ChangedState) and name not in trained.state.own:
             continue
         ours = trained.state.get(name)

@@ -198,13 +198,14 @@ def test_deltas_in_turn(train: Callable[..., Case], tmp_path: Path, tokens: Tens
         assert same(model, trained[number]) and not same(model, start)
         expected = cases[number].model.eval()(input_ids=tokens).logits
         assert torch.equal(model(input_ids=tokens).logits, expected)
-    unload_delta(model)
-    unload_delta(model)
-    assert same(model, start) and melded_layers(model) == layers
     # Within another module, as Lightning has it.
     module = nn.ModuleDict({"model": model})
     load_delta(module, tmp_path / "delta1")
     assert same(model, trained[1])
+    unload_delta(module)
+    unload_delta(model)
+    assert same(model, start) and melded_layers(model) == layers
+    load_delta(model, tmp_path / "delta1")
     assert load_delta(module, None) is None
     assert same(model, start)
 
