@@ -1,5 +1,6 @@
 """FALQON: LoRA fine-tuning melded into an FP8 backbone (arXiv:2510.24061)."""
 
+from falqon.delta.load import load_delta, unload_delta
 from falqon.errors import InputError
 from falqon.linear import MeldedLinear
 from falqon.meld import MeldReport, meld, meld_linear, melded_layers
@@ -30,8 +31,10 @@ __all__ = [
     "UpdateStatistics",
     "__version__",
     "fp8_recipe",
+    "load_delta",
     "meld",
     "meld_linear",
     "melded_layers",
+    "unload_delta",
     "update_recipe",
 ]

@@ -53,20 +53,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_inspect(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "inspect",
-        help="show what a checkpoint holds",
-        description="Show what a FALQON checkpoint holds, and the hash of its training state.",
+        help="show what a checkpoint, melded model, delta or export holds",
+        description="Show what a file or directory of FALQON holds, after comparing all of it with "
+        "the hashes that were written with it.",
     )
     parser.add_argument(
-        "path", help="a .ckpt file, or the directory of a run (its checkpoints/last.ckpt)"
+        "path",
+        help="a .ckpt file, the directory of a run (its checkpoints/last.ckpt), or a directory "
+        "that falqon meld or falqon export wrote",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_inspect)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from falqon.checkpoint.inspect import format_report, inspect_checkpoint
+    from falqon.inspect import format_report, inspect
 
-    report = inspect_checkpoint(arguments.path)
+    report = inspect(arguments.path)
     text = json.dumps(report, indent=2) if arguments.json else format_report(report)
     sys.stdout.write(text + "\n")
     return 0
@@ -106,15 +109,15 @@ def _add_export(subparsers: Subparsers) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="the new directory")
     parser.add_argument(
         "--format",
-        choices=("compressed-tensors", "bf16"),
+        choices=("compressed-tensors", "bf16", "delta"),
         default="compressed-tensors",
         help="compressed-tensors: the FP8 codes and their scales (default); bf16: their values, as "
-        "an ordinary checkpoint",
+        "an ordinary checkpoint; delta: what was changed, for falqon apply and falqon.load_delta",
     )
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help="where the model that was trained is now, for its configuration and tokenizer: a "
+        help="where the model that was trained is now, for configuration, tokenizer and base: a "
         "directory, .gguf file, package:NAME or hub id (default: what the checkpoint says)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of the model on the hub")
@@ -136,6 +139,55 @@ def _export(arguments: argparse.Namespace) -> int:
         arguments.output,
         arguments.format,
         model=arguments.model,
+        revision=arguments.revision,
+        shard_size=arguments.shard_size,
+    )
+    text = json.dumps(report, indent=2) if arguments.json else format_report(report)
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+def _add_apply(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "apply",
+        help="write the trained model that a delta belongs to",
+        description="Write the trained model that a delta belongs to: the bytes that falqon export "
+        "would have written. The base is read layer by layer and compared with the delta's hashes.",
+    )
+    parser.add_argument("path", metavar="DELTA", help="a directory of falqon export --format delta")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the new directory")
+    parser.add_argument(
+        "--base",
+        metavar="NAME",
+        help="the model that was trained: a directory of falqon meld, a model directory, .gguf "
+        "file, package:NAME or hub id (default: what the delta says)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the base on the hub")
+    parser.add_argument(
+        "--format",
+        choices=("compressed-tensors", "bf16"),
+        default="compressed-tensors",
+        help="as in falqon export (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shard-size",
+        metavar="SIZE",
+        default="5GB",
+        help="largest weight file, in B, KB, MB or GB (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_apply)
+
+
+def _apply(arguments: argparse.Namespace) -> int:
+    from falqon.delta.restore import apply_delta
+    from falqon.export import format_report
+
+    report = apply_delta(
+        arguments.path,
+        arguments.output,
+        arguments.format,
+        base=arguments.base,
         revision=arguments.revision,
         shard_size=arguments.shard_size,
     )
@@ -172,6 +224,7 @@ _COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
     _add_meld,
     _add_inspect,
     _add_export,
+    _add_apply,
     _add_generate,
     _add_evaluate,
     _add_doctor,

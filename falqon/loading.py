@@ -16,8 +16,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from falqon.checkpoint import LAST, SERVED, training_hash
-from falqon.checkpoint.inspect import PLUGIN_KEY
+from falqon.checkpoint import LAST, SERVED
 from falqon.errors import InputError
 from falqon.export.source import Trained, read_trained
 from falqon.meld import melded_layers
@@ -150,11 +149,11 @@ def open_model(
     """
     path = Path(name).expanduser()
     if path.suffix == ".ckpt" or (path / SERVED).exists() or (path / LAST).exists():
-        trained = read_trained(path, pending=as_trained)
+        trained = read_trained(path, base, revision, pending=as_trained)
         opened = _open_trained(
             name, trained, base, revision, trust_remote_code, attn_implementation
         )
-        digest = training_hash(trained.checkpoint) if hashed else None
+        digest = trained.training_sha256 if hashed else None
         return replace(opened, description=replace(opened.description, sha256=digest))
     source = resolve(name)
     if source.is_local and (directory := open_melded(source.path)) is not None:
@@ -284,7 +283,7 @@ def _build(
     attn_implementation: str,
 ) -> PreTrainedModel:
     """The model of a checkpoint, as validation of the run computes it."""
-    settings, plugin = trained.settings, trained.checkpoint[PLUGIN_KEY]
+    settings = trained.settings
     fp8 = Fp8Recipe(**_from_plain(settings["recipe"]))
     melding = MeldRecipe(rank=settings["rank"], **_from_plain(settings["meld"]))
     config = load_config(source.name, trust_remote_code=trust_remote_code, revision=revision)
@@ -306,8 +305,8 @@ def _build(
         layer.B.data.copy_(proxies[name])
         layer.live = live
     _finish(model, melding)
-    if plugin.get("scaling"):
-        DelayedScaling(model, fp8.amax_history).load_state_dict(plugin["scaling"])
+    if trained.scaling:
+        DelayedScaling(model, fp8.amax_history).load_state_dict(dict(trained.scaling))
     return model
 
 

@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 from typing_extensions import override
 
+from falqon.checkpoint import changes
+from falqon.checkpoint.base import BaseHash, hash_base
 from falqon.checkpoint.hashing import hash_tensors
 from falqon.errors import InputError
 from falqon.kernels import devices
@@ -36,7 +38,8 @@ from falqon.recipe import (
 )
 from falqon.scaling import DelayedScaling
 
-STATE_VERSION = 2
+STATE_VERSION = 3
+READS_VERSIONS = (2, 3)  # before 3 a checkpoint always held all weights
 
 
 class PluginState(TypedDict):
@@ -49,6 +52,7 @@ class PluginState(TypedDict):
     scaling: dict[str, Any]
     proxy: dict[str, Any]
     originals: str
+    base: dict[str, Any] | None
 
 
 class FalqonPrecision(Precision):
@@ -132,6 +136,8 @@ class FalqonPrecision(Precision):
         self.scaling: DelayedScaling | None = None
         self.steps = 0
         self._originals_hash = ""
+        self.base: BaseHash | None = None
+        self._module: nn.Module | None = None
 
     # -- converting ---------------------------------------------------------------------------
 
@@ -207,6 +213,7 @@ class FalqonPrecision(Precision):
             self.layers = layers
             self.steps = 0
             self._originals_hash = ""
+            self.base, self._module = None, module
             # Originals in a file stay there: locking them into memory would make a second copy.
             self.proxy_update = ProxyUpdate(layers, self.update, weights, pin=premelded is None)
             self.scaling = DelayedScaling(module, self.fp8.amax_history)
@@ -325,6 +332,46 @@ class FalqonPrecision(Precision):
             "policy": update,
         }
 
+    def remember_base(self) -> None:
+        """Hash the model as it starts, once; small checkpoints hold what changes after that.
+
+        Sharded weights are not hashed, and their checkpoints hold all of them.
+        """
+        sharded = any(isinstance(layer.codes, DTensor) for layer in self.layers.values())
+        if self.base is None and self._module is not None and self.layers and not sharded:
+            self._hash_originals()  # now, so that the first checkpoint does not wait for it
+            self.base = hash_base(self._module, self.layers)
+
+    def pack_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make a checkpoint small, see `falqon.checkpoint.changes`.
+
+        Call it in `LightningModule.on_save_checkpoint`, `remember_base` in `configure_model` and
+        `unpack_checkpoint` in `on_load_checkpoint`. Without that checkpoints hold all weights.
+
+        Args:
+            checkpoint: what Lightning collected, changed in place.
+        """
+        if self.base is not None and self._module is not None and self.proxy_update is not None:
+            changes.pack(checkpoint, self._module, self.layers, self.proxy_update.states)
+
+    def unpack_checkpoint(
+        self, checkpoint: dict[str, Any], module: nn.Module, where: str = "the checkpoint"
+    ) -> None:
+        """Make a small checkpoint whole again, from a model that has just been melded.
+
+        Args:
+            checkpoint: as it was read, changed in place.
+            module: the LightningModule.
+            where: how to name the checkpoint.
+
+        Raises:
+            InputError: if it was trained from another model, or does not fit together.
+        """
+        assert self.proxy_update is not None
+        self.remember_base()
+        states = self.proxy_update.states
+        changes.unpack(checkpoint, module, self.layers, states, self.base, where)
+
     @override
     def state_dict(self) -> PluginState:  # type: ignore[override]
         """Settings, step counter, amax histories, and what the update policy keeps."""
@@ -336,6 +383,7 @@ class FalqonPrecision(Precision):
             "scaling": self.scaling.state_dict() if self.scaling else {},
             "proxy": self.proxy_update.state_dict() if self.proxy_update else {},
             "originals": self._hash_originals(),
+            "base": self.base.plain() if self.base else None,
         }
 
     @override
@@ -381,10 +429,10 @@ class FalqonPrecision(Precision):
             raise InputError(
                 f"{where} was not trained with FalqonPrecision and cannot be resumed with it."
             )
-        if state.get("version") != STATE_VERSION:
+        if state.get("version") not in READS_VERSIONS:
             raise InputError(
                 f"{where} has plugin state version {state.get('version')}, this release reads "
-                f"version {STATE_VERSION}: use the release that wrote it."
+                f"versions {READS_VERSIONS}: use the release that wrote it."
             )
         theirs, ours = _flatten(state["settings"]), _flatten(self.settings())
         differing = [

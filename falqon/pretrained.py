@@ -328,6 +328,7 @@ def load_model(
         kwargs["use_safetensors"] = True
         config = load_config(name, trust_remote_code=trust_remote_code, revision=revision)
         refuse_quantized(source, config)
+        check_export(source)
     else:
         kwargs["quantization_config"] = GgufConfig(dequantize=True)
     # The inner device context counts: Lightning's configure_model runs under torch.device("cuda").
@@ -414,6 +415,19 @@ def _where(source: ModelSource, revision: str | None) -> dict[str, Any]:
     if revision is not None:
         where["revision"] = revision
     return where
+
+
+def check_export(source: ModelSource) -> None:
+    """Compare the files of an exported model with their hashes; nothing for any other.
+
+    Raises:
+        InputError: naming the file that is damaged.
+    """
+    if source.is_local and source.gguf_file is None:
+        # Not at the top: an export needs this module to find the model it is of.
+        from falqon.export.directory import open_export
+
+        open_export(source.path)
 
 
 def refuse_quantized(source: ModelSource, config: PreTrainedConfig) -> None:

@@ -341,6 +341,8 @@ class ProxyUpdate:
             state.last_written[where] = torch.where(
                 held, state.steps - 1, state.last_written[where]
             )
+            # A compensation writes rows that nothing is pending for, too.
+            state.touched[where] |= held | (write.compensation is not None)
             state.wrote(write.rows)
         return [counts for counts, _ in results]
 

@@ -42,6 +42,7 @@ class RowState:
         steps: optimizer steps that this layer has seen.
         last_written: int32 [out] on the layer's device: the value of `steps` when a row was last
             written, -1 if it never was.
+        touched: bool [out] on the layer's device: rows whose codes may not be those of the start.
         original: what rows are derived from, in host memory: uint8 or floating [out, in], or None.
         applied: float32 [out, r] in host memory: all of B that has been written so far, or None.
     """
@@ -53,6 +54,7 @@ class RowState:
         self.layer = layer
         self.steps = 0
         self.last_written = torch.full((out,), -1, dtype=torch.int32, device="cpu")
+        self.touched = torch.zeros(out, dtype=torch.bool, device="cpu")
         self.original: Tensor | None = None
         self.applied: Tensor | None = None
         if recipe.keeps_originals:
@@ -76,7 +78,12 @@ class RowState:
         device = self.layer.codes.device
         if self.last_written.device != device:
             self.last_written = self.last_written.to(device)
+            self.touched = self.touched.to(device)
             self.forget()
+
+    def touch(self, rows: Tensor) -> None:
+        """Mark rows, int64 [k], as touched."""
+        self.touched[rows.to(self.touched.device)] = True
 
     def is_consistent(self) -> bool:
         """The codes are those of the originals, or it is recorded how they came to be others."""

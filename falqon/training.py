@@ -210,6 +210,8 @@ class FalqonCLI(LightningCLI):
         """Save the weights with nothing pending: those that were validated, for `falqon export`."""
         if plugin.is_pending():  # there was no closing validation
             getattr(self.model, "flush", plugin.flush)()
+        if hasattr(self.model, "saves_all_weights"):
+            self.model.saves_all_weights = True
         # Saved after the loop ended, so it is not to be resumed from: hence not in checkpoints/.
         path = Path(self.trainer.default_root_dir) / SERVED
         self.trainer.save_checkpoint(path, weights_only=False)

@@ -40,6 +40,8 @@ class LitCausalLM(LightningModule):
     Logs `train/loss`, `grad_norm` (before clipping) and `lr` for every optimizer step, `val/loss`
     and `val/perplexity`, `test/loss` and `test/perplexity`.
 
+    Checkpoints hold what `FalqonPrecision` changed, unless `saves_all_weights` is set.
+
     Args:
         model_name: Where the model is: a hub id, a local directory, a GGUF file,
             `package:NAME` for a model inside an installed Python package, or a directory that
@@ -90,6 +92,7 @@ class LitCausalLM(LightningModule):
         self.method = method or Falqon()
         self.model: PreTrainedModel | None = None
         self.base_loss: float | None = None
+        self.saves_all_weights = False
         self._sums: dict[str, Tensor] = {}
         self._frozen = ""  # hash of what training does not change; see `method_state`
 
@@ -142,6 +145,8 @@ class LitCausalLM(LightningModule):
             if isinstance(plugin, FalqonPrecision):
                 plugin.convert(model, device=device, premelded=premelded)
                 rank_zero_info(str(plugin.report))
+                if self.trainer.state.fn == "fit":
+                    plugin.remember_base()
             else:
                 model = self.method.prepare(model)  # type: ignore[assignment]
                 method_state.check_prepared(self.method, model)
@@ -392,7 +397,13 @@ class LitCausalLM(LightningModule):
     # -- checkpoints --------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add where the model came from, how it is prompted, and the untuned loss."""
+        """Add where the model came from, how it is prompted, and the untuned loss.
+
+        What is as it was at the start is left out.
+        """
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, FalqonPrecision) and not self.saves_all_weights:
+            plugin.pack_checkpoint(checkpoint)
         data = getattr(self.trainer, "datamodule", None)
         checkpoint["LitCausalLM"] = {
             "prompt": getattr(data, "prompt", None),
@@ -425,6 +436,8 @@ class LitCausalLM(LightningModule):
             method_state.check(self.method, self.model, checkpoint, where)
             method_state.check_frozen(self._frozen_hash(), checkpoint, where)
             return
+        if isinstance(plugin, FalqonPrecision):
+            plugin.unpack_checkpoint(checkpoint, self, where)
         expected = {name: tuple(p.shape) for name, p in self.state_dict().items()}
         found = {name: tuple(p.shape) for name, p in checkpoint["state_dict"].items()}
         if expected != found:

@@ -78,6 +78,8 @@ def test_json(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found == {
         "path": str(file),
         "method": "FALQON",
+        "holds": "all weights",
+        "base_sha256": None,
         "global_step": 42,
         "epoch": 1,
         "settings": falqon_checkpoint()["FalqonPrecision"]["settings"],

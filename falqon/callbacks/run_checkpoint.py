@@ -25,6 +25,8 @@ class RunCheckpoint(ModelCheckpoint):
             validation within the training, or without one 1 (the newest) or -1 (all).
         monitor: Metric that says what is best, for example `val/loss`.
         mode: Whether the smallest (`min`) or the largest (`max`) value is best.
+        complete: Save all weights, to resume or export without the model that the run started from.
+            By default checkpoints of FALQON hold what was changed.
 
     Raises:
         InputError: If `every_n_train_steps` is below 1.
@@ -36,6 +38,7 @@ class RunCheckpoint(ModelCheckpoint):
         save_top_k: int = 0,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
+        complete: bool = False,
     ) -> None:
         if every_n_train_steps < 1:
             raise InputError(
@@ -51,6 +54,7 @@ class RunCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self._saved_step = -1
+        self.complete = complete
 
     @property
     def last_path(self) -> Path:
@@ -61,6 +65,8 @@ class RunCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        if hasattr(pl_module, "saves_all_weights"):
+            pl_module.saves_all_weights = self.complete  # type: ignore[assignment]
         super().setup(trainer, pl_module, stage)
 
     @override

@@ -46,8 +46,9 @@ def training_hash(checkpoint: Mapping[str, Any]) -> str:
 
     Covers the FP8 codes, their scales and the proxies B, what the update policy keeps beside them,
     and the whole optimizer state with its parameter groups. Two runs with equal hashes are in the
-    same state of training. A checkpoint without melded layers (another method's) is covered with
-    its whole state dict.
+    same state of training. A small checkpoint is covered with the changes it holds, so it has
+    another hash than the same state with all weights. A checkpoint without melded layers
+    (another method's) is covered with its whole state dict.
 
     Args:
         checkpoint: A loaded checkpoint with `state_dict` and, unless it was saved weights-only,
@@ -66,6 +67,8 @@ def training_hash(checkpoint: Mapping[str, Any]) -> str:
     trained = {name: value for name, value in state.items() if name.endswith(TRAINED_SUFFIXES)}
     digest = _Digest()
     digest.add(trained or dict(state))
+    if "FalqonChanges" in checkpoint:
+        digest.add(checkpoint["FalqonChanges"])
     digest.add(checkpoint.get("optimizer_states") or [])
     policy = (checkpoint.get("FalqonPrecision") or {}).get("proxy") or {}
     if policy:

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from falqon.checkpoint import changes as changes_module
+from falqon.checkpoint.base import BaseHash
 from falqon.checkpoint.hashing import training_hash
 from falqon.checkpoint.io import LAST, CheckpointError, read_checkpoint
 
@@ -66,8 +68,10 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
         path: A checkpoint file, or the directory of a run (then its `checkpoints/last.ckpt`).
 
     Returns:
-        Plain values only, ready for JSON: `path`, `method`, `global_step`, `epoch`, `settings`
-        (as the precision plugin saved them), `melded` (groups of equal layers: `count`, `out`,
+        Plain values only, ready for JSON: `path`, `method`, `holds` (`all weights`, or
+        `changes` against a base), `base_sha256` (None if it is not known), `global_step`,
+        `epoch`, `settings` (as the precision plugin saved them), `melded` (groups of equal
+        layers: `count`, `out`,
         `in`, `rank`), `not_melded` (name to reason), `parameters` (numbers by kind), `bytes` (by
         kind), `file_bytes`, `pending_rows` (rows of B whose
         change is not in the codes yet) and `training_sha256`.
@@ -84,16 +88,15 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{file} is not a FALQON checkpoint: it has no {PLUGIN_KEY!r} entry. It is a "
             "checkpoint of Lightning, of a run with another method; give one of a FALQON run."
         )
-    state = {
-        name.removeprefix(_MODEL_PREFIX): value
-        for name, value in checkpoint["state_dict"].items()
-        if isinstance(value, Tensor)
-    }
-    layers = find_melded_layers(state, file)
+    state = model_state(checkpoint)
+    layers = checkpoint_layers(checkpoint, state, file)
+    base = BaseHash.read(plugin.get("base"))
     groups = Counter((layer.out_features, layer.in_features, layer.rank) for layer in layers)
     return {
         "path": str(file),
         "method": METHOD,
+        "holds": "changes" if changes_module.is_small(checkpoint) else "all weights",
+        "base_sha256": base.sha256 if base else None,
         "global_step": checkpoint.get("global_step"),
         "epoch": checkpoint.get("epoch"),
         "settings": _plain(plugin.get("settings", {})),
@@ -102,7 +105,7 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
             for (rows, columns, rank), count in sorted(groups.items())
         ],
         "not_melded": _plain(plugin.get("skipped", {})),
-        "parameters": _count_parameters(state, layers),
+        "parameters": _count_parameters(state, layers, checkpoint),
         "bytes": _count_bytes(state, layers, checkpoint),
         "file_bytes": file.stat().st_size,
         "pending_rows": sum(
@@ -110,6 +113,43 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
         ),
         "training_sha256": training_hash(checkpoint),
     }
+
+
+def model_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors of a checkpoint by their names in the Hugging Face model."""
+    return {
+        name.removeprefix(_MODEL_PREFIX): value
+        for name, value in checkpoint["state_dict"].items()
+        if isinstance(value, Tensor)
+    }
+
+
+def checkpoint_layers(
+    checkpoint: Mapping[str, Any], state: Mapping[str, Tensor], file: str | Path
+) -> list[MeldedLayer]:
+    """Melded layers of a checkpoint, with all weights or with changes only.
+
+    Args:
+        checkpoint: It.
+        state: What `model_state` gives.
+        file: Where it comes from, for the error.
+
+    Raises:
+        CheckpointError: A layer lacks a tensor, or shapes disagree.
+    """
+    if not changes_module.is_small(checkpoint):
+        return find_melded_layers(state, file)
+    changes = checkpoint[changes_module.KEY]
+    changes_module.check_rows(changes, str(file))
+    layers = [MeldedLayer(fqn, *shape) for fqn, shape in changes["shapes"].items()]
+    for layer in layers:
+        proxy = state.get(f"{layer.fqn}.B")
+        if proxy is None or proxy.shape != (layer.out_features, layer.rank):
+            raise CheckpointError(
+                f"{file}: the melded layer {layer.fqn} has no {layer.fqn}.B of its shape. The "
+                "checkpoint is incomplete; use another one of the run."
+            )
+    return layers
 
 
 def find_melded_layers(state: Mapping[str, Tensor], file: str | Path) -> list[MeldedLayer]:
@@ -153,10 +193,13 @@ def _kinds(layers: list[MeldedLayer]) -> dict[str, str]:
     return {f"{layer.fqn}.{part}": kind for layer in layers for part, kind in parts}
 
 
-def _count_parameters(state: Mapping[str, Tensor], layers: list[MeldedLayer]) -> dict[str, int]:
+def _count_parameters(
+    state: Mapping[str, Tensor], layers: list[MeldedLayer], checkpoint: Mapping[str, Any]
+) -> dict[str, int]:
     kinds = _kinds(layers)
     melded = sum(layer.out_features * layer.in_features for layer in layers)
     other = sum(t.numel() for name, t in _distinct(state) if name not in kinds)
+    other += checkpoint.get(changes_module.KEY, {}).get("frozen", 0)
     return {
         "model": melded + other,
         "melded_backbone": melded,
@@ -177,8 +220,12 @@ def _count_bytes(
     sizes["optimizer_state"] = sum(
         tensor.nbytes for tensor in _tensors(checkpoint.get("optimizer_states"))
     )
+    changes = checkpoint.get(changes_module.KEY, {})
+    sizes["codes"] += sum(tensor.nbytes for tensor in _tensors(changes.get("codes")))
+    sizes["update_state"] += sum(tensor.nbytes for tensor in _tensors(changes.get("rows")))
+    sizes["scales"] += sum(tensor.nbytes for tensor in _tensors(changes.get("scales")))
     policy = checkpoint[PLUGIN_KEY].get("proxy")
-    sizes["update_state"] = sum(tensor.nbytes for tensor in _tensors(policy))
+    sizes["update_state"] += sum(tensor.nbytes for tensor in _tensors(policy))
     return sizes
 
 
@@ -225,6 +272,8 @@ def format_report(report: Mapping[str, Any]) -> str:
     lines = [
         _row("checkpoint", report["path"]),
         _row("method", report["method"]),
+        _row("holds", report["holds"]),
+        _row("base SHA-256", report["base_sha256"] or "not recorded"),
         _row("global step", report["global_step"]),
         _row("epoch", report["epoch"]),
         "settings",

@@ -2,8 +2,9 @@
 
 A checkpoint is streamed to a temporary file beside its target, forced to the disk, and renamed
 over the target. A full disk, a crash or a kill at any moment leaves the previous file as it was.
-Reading never runs code from a file (`weights_only=True`), and checks the zip checksums first:
-torch itself loads a file with flipped bits without a word.
+Reading never runs code from a file (`weights_only=True`), and checks the file's SHA-256 first (in
+files of older releases the zip checksums): torch itself loads a file with flipped bits without a
+word.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import struct
 import time
 import zipfile
 import zlib
@@ -27,6 +29,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from falqon.checkpoint.seal import REPLACED, Seal, check_seal
 from falqon.errors import InputError
 
 # In a run's directory: the state to resume from, and the weights with everything pending written.
@@ -35,6 +38,7 @@ SERVED = Path("served.ckpt")
 # Hidden, and never ".ckpt": nothing that lists checkpoints may take a half-written file for one.
 TEMPORARY_SUFFIX = ".falqon-partial"
 _STARTED = time.time()
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError)
 _READ_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, TypeError)
 
 
@@ -74,6 +78,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise _cannot_write(local, 0, error) from error
         with _replacing(local) as file:
             torch.save(checkpoint, cast(IO[bytes], file))
+            file.seal()
 
     def load_checkpoint(
         self,
@@ -131,7 +136,7 @@ def read_checkpoint(
         others = sorted(other.name for other in file.parent.glob("*.ckpt"))
         there = f"; {file.parent} holds {', '.join(others)}" if others else ""
         raise CheckpointError(f"checkpoint {file} does not exist{there}. Check the path.")
-    _check_zip(file)
+    _check_content(file)
     try:
         loaded = torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
     except (*_READ_ERRORS, UnpicklingError) as error:
@@ -149,9 +154,20 @@ class _WatchedFile:
 
     def __init__(self, file: FileIO) -> None:
         self._file = file
+        self._seal = Seal()
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
+        self._seal.update(data)
+        self._write(data)
+        return len(data)
+
+    def seal(self) -> None:
+        """Add the hash of all that was written."""
+        self._file.seek(-REPLACED, os.SEEK_END)
+        self._write(self._seal.comment())
+
+    def _write(self, data: bytes) -> None:
         rest = memoryview(data)
         try:
             while rest:  # near a full disk the system takes a part first, and fails at the next
@@ -159,7 +175,6 @@ class _WatchedFile:
         except OSError as error:
             self.error = self.error or error
             raise
-        return len(data)
 
     def flush(self) -> None:
         """Nothing is held back."""
@@ -211,20 +226,25 @@ def _remove_leftovers(directory: Path) -> None:
                 leftover.unlink()
 
 
-def _check_zip(file: Path) -> None:
+def _check_content(file: Path) -> None:
+    wrong = check_seal(file)
+    if wrong is None:
+        return
     size = file.stat().st_size
     try:
         with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
+            part = archive.testzip()
+    except (*_READ_ERRORS, *_ZIP_ERRORS) as error:
         raise CheckpointError(
             f"{file} ({size} bytes) cannot be read as a checkpoint: it is truncated, damaged, or "
             f"something else ({error}). Use another checkpoint of the run."
         ) from error
-    if damaged is not None:
+    if part is not None:
+        wrong = f"the checksum of its part {part!r} is wrong"
+    if wrong:
         raise CheckpointError(
-            f"{file} ({size} bytes) is damaged: the checksum of its part {damaged!r} is wrong. "
-            "Use another checkpoint of the run."
+            f"{file} ({size} bytes) cannot be read as a checkpoint, it is damaged: {wrong}. Use "
+            "another checkpoint of the run."
         )
 
 

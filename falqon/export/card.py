@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from falqon.errors import InputError
-from falqon.export.source import Trained
+from falqon.export.source import LOSSES, Trained
 from falqon.version import __version__
-
-_LOSSES = {
-    "val_loss_base": "untuned base",
-    "val_loss_before": "before training, as melded",
-    "val_loss_after": "after training, of these weights",
-}
 
 
 def model_card(report: dict[str, Any], trained: Trained, base: str | None) -> str:
@@ -46,11 +38,11 @@ def model_card(report: dict[str, Any], trained: Trained, base: str | None) -> st
         f"learned by then: {weights}",
         _rounded(report),
         "## Losses",
-        _losses(trained),
+        _losses(trained.losses),
         "## Method",
         _block(settings),
         "## Data",
-        _data(trained),
+        _block(trained.data) if trained.data else "Not recorded beside the checkpoint.",
         "## Hashes",
         f"Training state (`falqon inspect`): `{report['training_sha256']}`. Written by falqon "
         f"{__version__}. SHA-256 of the files:",
@@ -69,39 +61,11 @@ def _rounded(report: dict[str, Any]) -> str:
     )
 
 
-def _losses(trained: Trained) -> str:
-    """Of the run's summary, if that is of the same step."""
-    path = trained.run / "summary.json" if trained.run else None
-    if path is None or not path.is_file():
-        return "Not recorded beside the checkpoint."
-    summary = _read(path)
-    if summary.get("steps") != trained.step:
-        return f"Not recorded for step {trained.step}."
-    rows = [
-        f"| {title} | {summary[key]:.4f} |"
-        for key, title in _LOSSES.items()
-        if summary.get(key) is not None
-    ]
-    return "\n".join(["| validation loss | |", "|---|---|", *rows]) if rows else "Not measured."
-
-
-def _data(trained: Trained) -> str:
-    if trained.run is None:
-        return "Not recorded beside the checkpoint."
-    data = _read(trained.run / "config.yaml").get("data")
-    return _block(data) if data else "Not recorded beside the checkpoint."
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A mapping in YAML, which JSON is too."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = str(error).split("\n", maxsplit=1)[0]
-        raise InputError(f"{path} cannot be read ({reason}). Repair it or move it away.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no mapping. Repair it or move it away.")
-    return content
+def _losses(losses: dict[str, float] | str) -> str:
+    if isinstance(losses, str):
+        return losses
+    rows = [f"| {LOSSES[key]} | {value:.4f} |" for key, value in losses.items()]
+    return "\n".join(["| validation loss | |", "|---|---|", *rows])
 
 
 def _block(settings: dict[str, Any]) -> str:

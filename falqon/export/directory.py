@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from falqon.checkpoint import TEMPORARY_SUFFIX
 from falqon.errors import InputError
 from falqon.export.tensors import Entry
+from falqon.manifest import check_files, describe, read_manifest, seal
+from falqon.premeld.shards import ShardWriter
 
+MANIFEST = "falqon-export.json"
+FORMAT = "falqon-export"
+VERSION = 1
 DEFAULT_SHARD = "5GB"
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -57,7 +61,7 @@ def new_directory(target: str | Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.iterdir():
-            file.chmod(temporary.stat().st_mode & 0o666)  # safetensors: for the owner only
+            file.chmod(temporary.stat().st_mode & 0o666)  # some libraries: for the owner only
             _sync(file)
         _sync(temporary)
         temporary.rename(target)
@@ -97,8 +101,10 @@ def parse_size(text: str) -> int:
     return size
 
 
-def write_weights(entries: Iterable[Entry], directory: Path, limit: int) -> None:
-    """Write tensors as safetensors; no more than one file's worth of them is in memory.
+def write_weights(
+    entries: Iterable[Entry], directory: Path, limit: int
+) -> dict[str, dict[str, int | str]]:
+    """Write tensors as safetensors, one at a time.
 
     One file is `model.safetensors`. Several are numbered, with `model.safetensors.index.json`.
 
@@ -106,40 +112,60 @@ def write_weights(entries: Iterable[Entry], directory: Path, limit: int) -> None
         entries: The tensors, in the order of the files.
         directory: Where to.
         limit: Bytes of tensors in a file; a larger tensor has a file of its own.
+
+    Returns:
+        Bytes and SHA-256 of every weight file.
     """
-    shards = list(_shards(entries, limit))
-    places: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = "model.safetensors"
-        if len(shards) > 1:
-            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {entry.name: entry.make() for entry in shard}
-        save_file(tensors, directory / name, metadata={"format": "pt"})
-        places |= dict.fromkeys(tensors, name)
-    if len(shards) > 1:
-        size = sum(entry.nbytes for shard in shards for entry in shard)
+    entries = list(entries)
+    specs = {entry.name: entry.spec for entry in entries}
+    writer = ShardWriter(directory, "model", specs, limit, alone="model.safetensors")
+    with contextlib.closing(writer):
+        for entry in entries:
+            writer.put(entry.name, entry.make())
+        writer.finish()
+    if len(writer.files) > 1:
+        size = sum(spec.nbytes for spec in specs.values())
+        places = {name: tensor["file"] for name, tensor in writer.tensors.items()}
         index = {"metadata": {"total_size": size}, "weight_map": places}
         path = directory / "model.safetensors.index.json"
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return writer.files
 
 
-def _shards(entries: Iterable[Entry], limit: int) -> Iterator[list[Entry]]:
-    shard: list[Entry] = []
-    size = 0
-    for entry in entries:
-        if shard and size + entry.nbytes > limit:
-            yield shard
-            shard, size = [], 0
-        shard.append(entry)
-        size += entry.nbytes
-    yield shard
+def hash_files(
+    directory: Path, known: Mapping[str, dict[str, int | str]] | None = None
+) -> dict[str, dict[str, int | str]]:
+    """Bytes and SHA-256 of every file in a directory, by name.
+
+    Args:
+        directory: It.
+        known: Files that need not be read again.
+    """
+    known = known or {}
+    return {p.name: known.get(p.name) or describe(p) for p in sorted(directory.iterdir())}
 
 
-def hash_files(directory: Path) -> dict[str, dict[str, int | str]]:
-    """Bytes and SHA-256 of every file in a directory, by name."""
-    found: dict[str, dict[str, int | str]] = {}
-    for path in sorted(directory.iterdir()):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
-    return found
+def write_manifest(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a manifest with its own SHA-256."""
+    path.write_text(json.dumps(seal(content), indent=1) + "\n", encoding="utf-8")
+
+
+def open_export(path: str | Path) -> dict[str, Any] | None:
+    """The manifest of a directory that `falqon export` wrote, its files compared with it.
+
+    Args:
+        path: The directory.
+
+    Returns:
+        The manifest; None for another directory, or an export of before there were manifests.
+
+    Raises:
+        InputError: Naming the file that is missing or damaged.
+    """
+    path = Path(path).expanduser()
+    if not (path / MANIFEST).is_file():
+        return None
+    remedy = "Copy the directory again, or export again (falqon export)."
+    manifest = read_manifest(path / MANIFEST, FORMAT, VERSION, remedy)
+    check_files(path, manifest["files"], remedy)
+    return manifest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import (
@@ -13,28 +13,34 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from falqon.checkpoint import training_hash
 from falqon.errors import InputError
 from falqon.export.card import model_card
 from falqon.export.directory import (
     DEFAULT_SHARD,
+    FORMAT,
+    MANIFEST,
+    VERSION,
     check_free,
     hash_files,
     new_directory,
     parse_size,
+    write_manifest,
     write_weights,
 )
-from falqon.export.source import Trained, read_trained
+from falqon.export.source import Trained, origin_of, read_trained
 from falqon.export.tensors import Format, Tensors, quantization_config
+from falqon.manifest import describe
 from falqon.pretrained import PACKAGE_PREFIX, load_config, load_tokenizer, resolve
+from falqon.version import __version__
 
-FORMATS: tuple[str, ...] = get_args(Format)
+ExportFormat = Format | Literal["delta"]
+FORMATS: tuple[str, ...] = (*get_args(Format), "delta")
 
 
 def export_model(
     path: str | Path,
     output: str | Path,
-    format: Format = "compressed-tensors",
+    format: ExportFormat = "compressed-tensors",
     *,
     model: str | None = None,
     revision: str | None = None,
@@ -43,12 +49,14 @@ def export_model(
     """Write a trained model as a directory that transformers, vLLM and SGLang can load.
 
     The weights are those of the checkpoint, which must have nothing pending. The model they were
-    trained from is needed for its configuration and tokenizer only.
+    trained from is needed for its configuration and tokenizer; its weights are needed for a delta,
+    and for checkpoints that hold changes only.
 
     Args:
         path: A FALQON checkpoint, or the directory of a run.
         output: The new directory.
-        format: `compressed-tensors` (the FP8 codes) or `bf16` (their values).
+        format: `compressed-tensors` (the FP8 codes), `bf16` (their values), or `delta` (what was
+            changed against the melded model, see `falqon.delta`).
         model: Where the trained model came from, see `falqon.pretrained.resolve`; None for what
             the checkpoint says.
         revision: Of `model` on the hub; None for what the checkpoint says.
@@ -59,7 +67,7 @@ def export_model(
         `melded_layers`, `ignore` (linear layers not stored as codes; with `bf16` those that were
         not melded), `rounded` (tensors that
         bfloat16 does not hold exactly), `bytes`, `files` (bytes and SHA-256 of each) and
-        `training_sha256`.
+        `training_sha256`. For a delta see `falqon.delta.write.write_delta`.
 
     Raises:
         InputError: The checkpoint cannot be used (see `falqon.export.source.read_trained`), its
@@ -69,18 +77,45 @@ def export_model(
         raise InputError(f"format is {format!r}; choose one of {', '.join(FORMATS)}.")
     limit = parse_size(shard_size)
     check_free(output)  # before gigabytes are read, and again when they are written
-    trained = read_trained(path)
-    name = model or trained.origin.get("model_name")
-    if not name:
-        raise InputError(
-            f"{trained.file} does not say which model was trained. Name it with --model."
-        )
-    revision = revision or (None if model else trained.origin.get("revision"))
+    trained = read_trained(path, model, revision)
+    name, revision = origin_of(trained.file, trained.origin, model, revision)
+    if format == "delta":
+        from falqon.delta.write import write_delta
+
+        return write_delta(trained, name, revision, output, limit)
+    return write_model(trained, name, revision, output, format, limit)
+
+
+def write_model(
+    trained: Trained,
+    name: str,
+    revision: str | None,
+    output: str | Path,
+    format: Format,
+    limit: int,
+    recorded: tuple[str, bool] | None = None,
+) -> dict[str, Any]:
+    """Write a trained model in one of the formats that other tools load.
+
+    Args:
+        trained: It.
+        name, revision: Where the model that was trained is.
+        output, format: As in `export_model`.
+        limit: Bytes of tensors in a weight file.
+        recorded: What the card names instead of `name`, and whether that is a hub id.
+
+    Returns:
+        As `export_model` does.
+
+    Raises:
+        InputError: See there.
+    """
+    shown, is_hub = recorded or (name, not resolve(name).is_local)
     outline = _outline(name, revision)
     tokenizer = load_tokenizer(name, revision)
     tensors = Tensors(trained, outline, format)
     with new_directory(output) as directory:
-        write_weights(tensors, directory, limit)
+        weights = write_weights(tensors, directory, limit)
         tokenizer.save_pretrained(directory)
         generation = directory / "generation_config.json"
         _generation(name, revision, outline, tokenizer).to_json_file(generation)
@@ -88,9 +123,14 @@ def export_model(
             outline.config.quantization_config = quantization_config(tensors.ignore)
         outline.config.falqon = _origin(trained, name)
         outline.config.save_pretrained(directory)
-        report = _report(trained, name, tensors, directory)
-        card = model_card(report, trained, base=None if resolve(name).is_local else name)
-        (directory / "README.md").write_text(card, encoding="utf-8")
+        report = _report(trained, shown, tensors, hash_files(directory, weights))
+        card = directory / "README.md"
+        base = shown if is_hub else None
+        card.write_text(model_card(report, trained, base), encoding="utf-8")
+        manifest = {key: value for key, value in report.items() if key not in ("checkpoint",)}
+        manifest |= {"format": FORMAT, "version": VERSION, "as": format, "falqon": __version__}
+        files = {**report["files"], card.name: describe(card)}
+        write_manifest(directory / MANIFEST, {**manifest, "files": files})
     return {"output": str(output), **report}
 
 
@@ -105,8 +145,9 @@ def _origin(trained: Trained, name: str) -> dict[str, str]:
     return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
-def _report(trained: Trained, name: str, tensors: Tensors, directory: Path) -> dict[str, Any]:
-    files = hash_files(directory)
+def _report(
+    trained: Trained, name: str, tensors: Tensors, files: dict[str, dict[str, int | str]]
+) -> dict[str, Any]:
     return {
         "format": tensors.format,
         "checkpoint": str(trained.file),
@@ -117,7 +158,7 @@ def _report(trained: Trained, name: str, tensors: Tensors, directory: Path) -> d
         "rounded": tensors.rounded,
         "bytes": sum(int(file["bytes"]) for file in files.values()),
         "files": files,
-        "training_sha256": training_hash(trained.checkpoint),
+        "training_sha256": trained.training_sha256,
     }
 
 
@@ -163,6 +204,10 @@ def _generation(
 
 def format_report(report: dict[str, Any]) -> str:
     """Lay out the result of `export_model` for a terminal, without a line end after the last."""
+    if report["format"] == "delta":
+        from falqon.delta.write import format_report as format_delta
+
+        return format_delta(report)
     lines = [
         f"{'exported':<16} {report['checkpoint']} (step {report['global_step']})",
         f"{'as':<16} {report['format']}, {report['bytes']:,} bytes",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,8 +17,10 @@ from falqon.checkpoint import CheckpointError
 from falqon.errors import InputError
 from falqon.export.source import Trained
 from falqon.fp8 import E4M3, dequantize
+from falqon.premeld.shards import Spec
 
 Format = Literal["compressed-tensors", "bf16"]
+"""Of the directories that other tools load."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,12 @@ class Entry:
 
     Attributes:
         name: In the Hugging Face model.
-        nbytes: Of its data.
+        spec: Dtype and shape.
         make: The tensor, contiguous, on the CPU.
     """
 
     name: str
-    nbytes: int
+    spec: Spec
     make: Callable[[], Tensor]
 
 
@@ -75,31 +78,31 @@ class Tensors:
         self.rounded: list[str] = []
         ties = _ties(outline)
         _check_names(trained, outline, ties)
-        self._names = [name for name in outline.state_dict() if name not in ties]
+        self._outline = outline.state_dict()
+        self._names = [name for name in self._outline if name not in ties]
 
     def __iter__(self) -> Iterator[Entry]:
         for name in self._names:
             fqn = name.removesuffix(".weight")
             if fqn not in self.trained.layers or fqn == name:
-                tensor = self.trained.state[name]
-                size = 2 if tensor.is_floating_point() else tensor.element_size()
-                yield Entry(name, size * tensor.numel(), partial(self._other, name))
+                expected = self._outline[name]
+                dtype = torch.bfloat16 if expected.is_floating_point() else expected.dtype
+                yield Entry(name, Spec(dtype, tuple(expected.shape)), partial(self._other, name))
                 continue
             layer = self.trained.layers[fqn]
-            numel = layer.out_features * layer.in_features
+            shape = (layer.out_features, layer.in_features)
             if self.format == "bf16" or fqn in self.ignore:
-                yield Entry(name, 2 * numel, partial(self._values, fqn))
+                yield Entry(name, Spec(torch.bfloat16, shape), partial(self._values, fqn))
             else:
-                yield Entry(name, numel, partial(self._codes, fqn))
-                scale = f"{fqn}.weight_scale"
-                yield Entry(scale, 4 * layer.out_features, partial(self._scale, fqn))
+                yield Entry(name, Spec(torch.float8_e4m3fn, shape), partial(self._codes, fqn))
+                scale = Spec(torch.float32, (layer.out_features, 1))
+                yield Entry(f"{fqn}.weight_scale", scale, partial(self._scale, fqn))
 
     def _codes(self, fqn: str) -> Tensor:
         """The backbone's codes, float8_e4m3fn [out, in]: the checkpoint's bytes."""
         layer = self.trained.layers[fqn]
         codes = self.trained.state[f"{fqn}.codes"][: layer.out_features]
-        if bool(((codes & 0x7F) == 0x7F).any()):
-            raise self._not_finite(f"{fqn}.codes")
+        refuse_nan(self.trained.file, f"{fqn}.codes", codes)
         return codes.contiguous().view(torch.float8_e4m3fn)
 
     def _scale(self, fqn: str) -> Tensor:
@@ -122,17 +125,28 @@ class Tensors:
         if not tensor.is_floating_point():
             return tensor.contiguous()
         if not bool(torch.isfinite(tensor).all()):
-            raise self._not_finite(name)
+            raise _not_finite(self.trained.file, name)
         stored = tensor.to(torch.bfloat16)
         if not torch.equal(stored.to(tensor.dtype), tensor):
             self.rounded.append(name)
         return stored.contiguous()
 
-    def _not_finite(self, name: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.trained.file}: {name} holds NaN or infinity: the file is damaged or the "
-            "training diverged. Use an earlier checkpoint of the run."
-        )
+
+def refuse_nan(file: Path, name: str, codes: Tensor) -> None:
+    """Refuse E4M3 codes of NaN.
+
+    Raises:
+        CheckpointError: There is one.
+    """
+    if bool(((codes & 0x7F) == 0x7F).any()):
+        raise _not_finite(file, name)
+
+
+def _not_finite(file: Path, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: {name} holds NaN or infinity: the file is damaged or the training diverged. Use "
+        "an earlier checkpoint of the run."
+    )
 
 
 def quantization_config(ignore: list[str]) -> dict[str, Any]:
@@ -173,13 +187,16 @@ def _ties(outline: PreTrainedModel) -> dict[str, str]:
 
 def _check_names(trained: Trained, outline: PreTrainedModel, ties: dict[str, str]) -> None:
     found = {}
-    for name, tensor in trained.state.items():
+    for name, shape in trained.shapes.items():
         fqn, _, part = name.rpartition(".")
         if fqn not in trained.layers or part == "bias":
-            found[name] = tuple(tensor.shape)
+            found[name] = shape
         elif part == "codes":
             layer = trained.layers[fqn]
             found[f"{fqn}.weight"] = (layer.out_features, layer.in_features)
+    for name, owner in ties.items():  # a base knows tied weights by one name
+        if name not in found and owner in found and name not in trained.state:
+            found[name] = found[owner]
     expected = {name: tuple(tensor.shape) for name, tensor in outline.state_dict().items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
@@ -189,7 +206,7 @@ def _check_names(trained: Trained, outline: PreTrainedModel, ties: dict[str, str
                 "that was trained with --model."
             )
     for name, owner in ties.items():
-        if not torch.equal(trained.state[name], trained.state[owner]):
+        if name in trained.state and not torch.equal(trained.state[name], trained.state[owner]):
             raise InputError(
                 f"{trained.file}: {name} is tied to {owner} in {outline.name_or_path!r} and "
                 "differs from it here. Name the model that was trained with --model."

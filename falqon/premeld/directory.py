@@ -12,7 +12,6 @@ No weight file has a name that transformers looks for: it cannot take one for a 
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from falqon.errors import InputError
+from falqon.manifest import check_files, describe, read_manifest
 from falqon.meld import MeldedInfo, MeldReport
-from falqon.premeld.shards import describe
 from falqon.recipe import Fp8Recipe, MeldRecipe, UpdateRecipe, as_plain
 
 MANIFEST = "falqon.json"
 FORMAT = "falqon-melded"
-VERSION = 1
+VERSION = 2
 WEIGHTS, ORIGINALS = "melded", "originals"
 _KEYS = {"settings", "layers", "skipped", "bytes_before", "bytes_after"}
 _KEYS |= {"originals", "files", "tensors"}
@@ -129,6 +128,15 @@ class MeldedDirectory:
         found = self._map(ORIGINALS)
         return {name.removesuffix(".weight"): tensor for name, tensor in found.items()}
 
+    def check(self) -> None:
+        """Compare all files with their hashes, the originals too.
+
+        Raises:
+            InputError: naming the file, and the tensor where one is at fault.
+        """
+        for part in (WEIGHTS, ORIGINALS):
+            self._map(part)
+
     def _map(self, part: str) -> dict[str, Tensor]:
         """Tensors of the files with some stem, checked against their hashes.
 
@@ -191,28 +199,18 @@ def open_melded(path: str | Path) -> MeldedDirectory | None:
         path: the directory, or anything else that a model name was resolved to.
 
     Raises:
-        InputError: if the manifest cannot be read, or `config.json` is not as it was written.
+        InputError: if the manifest cannot be read or is damaged, or another file
+            that is not a weight file is not as it was written.
     """
     path = Path(path).expanduser()
     if not is_melded(path):
         return None
-    file = path / MANIFEST
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        found = (manifest["format"], manifest["version"])
-        if found == (FORMAT, VERSION) and not manifest.keys() >= _KEYS:
-            raise KeyError(min(_KEYS - manifest.keys()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{file} cannot be read ({error!r}). Meld the model again (falqon meld)."
-        ) from error
-    if found != (FORMAT, VERSION):
-        raise InputError(
-            f"{file} is {found[0]} version {found[1]}; this release reads {FORMAT} version "
-            f"{VERSION}. Use the release that wrote it, or meld the model again (falqon meld)."
-        )
+    remedy = "Copy the directory again, or meld the model again (falqon meld)."
+    manifest = read_manifest(path / MANIFEST, FORMAT, VERSION, remedy)
+    missing = _KEYS - manifest.keys()
+    if missing:
+        raise InputError(f"{path / MANIFEST} has no {min(missing)!r}. {remedy}")
     directory = MeldedDirectory(path, manifest)
-    config = path / "config.json"
-    if not config.is_file() or describe(config) != manifest["files"].get("config.json"):
-        raise directory._damaged("config.json", "it is missing or was changed")
+    small = {n: f for n, f in manifest["files"].items() if not n.endswith(".safetensors")}
+    check_files(path, small, remedy)
     return directory

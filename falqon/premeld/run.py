@@ -23,6 +23,7 @@ from falqon.checkpoint.hashing import hash_tensors
 from falqon.checkpoint.io import TEMPORARY_SUFFIX
 from falqon.errors import InputError
 from falqon.kernels import devices
+from falqon.manifest import describe, seal
 from falqon.meld import meld_linear, plan
 from falqon.premeld.directory import (
     DTYPES,
@@ -33,7 +34,7 @@ from falqon.premeld.directory import (
     WEIGHTS,
     settings_of,
 )
-from falqon.premeld.shards import ShardWriter, Spec, describe
+from falqon.premeld.shards import ShardWriter, Spec
 from falqon.premeld.source import WeightSource, open_source
 from falqon.recipe import Fp8Recipe, MeldRecipe, as_plain
 from falqon.version import __version__
@@ -92,7 +93,8 @@ def premeld(
         job = _Job(source, fp8, melding, DTYPES[dtype], torch.device(device), progress, names)
         job.run(staging, keep_weights, shard_bytes)
         has_tokenizer = source.save_settings(staging, DTYPES[dtype])
-        config = describe(staging / "config.json")
+        written = [file for file in staging.iterdir() if file.name not in job.files]
+        settings = {file.name: describe(file) for file in sorted(written)}
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -108,10 +110,10 @@ def premeld(
             "bytes_before": job.bytes_before,
             "bytes_after": job.bytes_after,
             "seconds": round(time.perf_counter() - started, 3),
-            "files": {"config.json": config, **job.files},
+            "files": {**settings, **job.files},
             "tensors": job.tensors,
         }
-        _write_synced(staging / MANIFEST, json.dumps(manifest, indent=1))
+        _write_synced(staging / MANIFEST, json.dumps(seal(manifest), indent=1))
     return {"path": str(output), "tokenizer": has_tokenizer, "whole": source.whole, **manifest}
 
 

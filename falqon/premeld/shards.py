@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from falqon.checkpoint.io import TEMPORARY_SUFFIX
+from falqon.manifest import describe
 
 _DTYPES = {
     torch.float64: "F64",
@@ -28,6 +29,7 @@ _DTYPES = {
     torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.bool: "BOOL",
 }
 
@@ -54,6 +56,7 @@ class ShardWriter:
         stem: first part of their names.
         specs: all tensors, in the order in which they roughly come: neighbours share a file.
         limit: bytes of data from which on the next file is begun; a larger tensor has its own.
+        alone: name of the file if there is only one; numbered like the others if None.
 
     Attributes:
         files: bytes and SHA-256 of every complete file, by name.
@@ -61,7 +64,12 @@ class ShardWriter:
     """
 
     def __init__(
-        self, directory: Path, stem: str, specs: Mapping[str, Spec], limit: int = 4 * 2**30
+        self,
+        directory: Path,
+        stem: str,
+        specs: Mapping[str, Spec],
+        limit: int = 4 * 2**30,
+        alone: str | None = None,
     ) -> None:
         parts = list(_split(specs, limit))
         self.files: dict[str, dict[str, int | str]] = {}
@@ -69,6 +77,8 @@ class ShardWriter:
         self._shards: dict[str, _Shard] = {}
         for number, part in enumerate(parts, 1):
             name = f"{stem}-{number:05}-of-{len(parts):05}.safetensors"
+            if alone is not None and len(parts) == 1:
+                name = alone
             shard = _Shard(directory / name, part)
             self._shards |= dict.fromkeys(part, shard)
 
@@ -155,13 +165,6 @@ def _write_all(file: IO[bytes], data: bytes | memoryview) -> None:
         rest
     ):  # one call of the system writes 2 GiB at most, and less when the disk is nearly full
         rest = rest[file.write(rest) :]
-
-
-def describe(file: Path) -> dict[str, int | str]:
-    """Bytes and SHA-256 of a file."""
-    with open(file, "rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": digest}
 
 
 def _split(specs: Mapping[str, Spec], limit: int) -> Iterator[dict[str, Spec]]:

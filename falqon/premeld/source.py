@@ -18,6 +18,7 @@ from falqon.errors import InputError
 from falqon.premeld.directory import is_melded
 from falqon.pretrained import (
     ModelSource,
+    check_export,
     load_config,
     load_model,
     load_tokenizer,
@@ -110,6 +111,7 @@ def open_source(name: str, dtype: torch.dtype, revision: str | None = None) -> W
         return _load_whole(source, None, dtype, revision, reason)
     config = load_config(name, revision=revision)
     refuse_quantized(source, config)
+    check_export(source)
     directory = Path(source.path) if source.is_local else _download(source, revision)
     with one_error(source, revision), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)

@@ -21,7 +21,7 @@ from falqon.pretrained import load_model
 def train(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Callable[..., Case]:
     """Melds a random model of a family, writes random changes, and saves a checkpoint."""
 
-    def make(family: str = "llama", **plugin: Any) -> Case:
+    def make(family: str = "llama", size: float = 0.05, seed: int = 0, **plugin: Any) -> Case:
         kind, changes = FAMILIES[family]
         shape = {
             "vocab_size": len(tokenizer),
@@ -45,10 +45,12 @@ def train(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Callable[..., C
         trained = load_model(str(base))
         precision = FalqonPrecision(**{"rank": 4, "update": "paper", "rows": "all", **plugin})
         precision.convert(trained)
+        precision.remember_base()
         start = {n: layer.codes.clone() for n, layer in precision.layers.items()}
+        torch.manual_seed(seed)
         with torch.no_grad():
             for layer in precision.layers.values():
-                layer.B.copy_(torch.randn_like(layer.B) * 0.05)
+                layer.B.copy_(torch.randn_like(layer.B) * size)
         precision.flush()
         for name, layer in precision.layers.items():
             assert not torch.equal(layer.codes, start[name])
@@ -59,7 +61,8 @@ def train(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Callable[..., C
             "FalqonPrecision": precision.state_dict(),
             "LitCausalLM": {"model_name": str(base), "revision": None, "base_loss": None},
         }
-        case = Case(tmp_path / "trained.ckpt", str(base), trained, content)
+        file = tmp_path / ("trained.ckpt" if seed == 0 else f"trained{seed}.ckpt")
+        case = Case(file, str(base), trained, content, precision)
         case.save()
         return case
 

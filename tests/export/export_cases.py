@@ -18,8 +18,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from falqon import melded_layers
+from falqon import FalqonPrecision, meld, melded_layers
 from falqon.checkpoint import AtomicCheckpointIO
+from falqon.pretrained import load_model
 
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {"tie_word_embeddings": False}),
@@ -40,6 +41,21 @@ class Case:
     base: str
     model: PreTrainedModel
     content: dict[str, Any]
+    precision: FalqonPrecision
+
+    def melded(self) -> PreTrainedModel:
+        """The base, melded again."""
+        model = load_model(self.base)
+        settings = self.precision.melding
+        meld(model, self.precision.fp8, settings)
+        return model
+
+    def save_small(self) -> None:
+        """Save as a checkpoint that holds changes only."""
+        content = {**self.content, "state_dict": dict(self.content["state_dict"])}
+        self.precision.pack_checkpoint(content)
+        assert "FalqonChanges" in content
+        AtomicCheckpointIO().save_checkpoint(content, self.file)
 
     def values(self) -> dict[str, Tensor]:
         """What would be served, float32, by the names of a plain model."""

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 from falqon import melded_layers
 from falqon.checkpoint import AtomicCheckpointIO, read_checkpoint, training_hash
 from falqon.cli import main
-from falqon.export import directory as directory_module
 from falqon.export import export_model
+from falqon.premeld import shards
 
 ROOT = Path(__file__).parents[2]
 Q = "model.layers.0.self_attn.q_proj"
@@ -51,7 +51,7 @@ def test_json_and_text(
     assert report["ignore"] == ["lm_head"]
     assert report["training_sha256"] == training_hash(case.content)
     names = {path.name for path in out.iterdir()}
-    assert names == {*report["files"], "README.md"}
+    assert names == {*report["files"], "README.md", "falqon-export.json"}
     assert {
         "config.json",
         "model.safetensors",
@@ -62,7 +62,8 @@ def test_json_and_text(
     modes = {path.stat().st_mode for path in out.iterdir()}
     assert modes == {case.file.stat().st_mode}  # readable for whom the umask says
     sizes = {path.name: path.stat().st_size for path in out.iterdir()}
-    assert report["bytes"] == sum(sizes.values()) - sizes["README.md"]
+    others = sizes["README.md"] + sizes["falqon-export.json"]
+    assert report["bytes"] == sum(sizes.values()) - others
     assert main(["export", str(case.file), "--output", str(tmp_path / "b"), "--format=bf16"]) == 0
     printed = capsys.readouterr().out
     for part in ("bf16", str(tmp_path / "b"), "lm_head", training_hash(case.content), "step 7"):
@@ -79,7 +80,7 @@ def test_hashes_in_the_card_are_those_of_the_files(
     actual = {
         hashlib.sha256(path.read_bytes()).hexdigest(): path.name
         for path in out.iterdir()
-        if path.name != "README.md"
+        if path.name not in ("README.md", "falqon-export.json")
     }
     assert found == actual
     assert len([name for name in found.values() if name.endswith(".safetensors")]) > 1
@@ -178,15 +179,15 @@ def test_a_failure_in_the_middle_leaves_nothing(
 ) -> None:
     case = train("llama")
     before = sorted(path.name for path in tmp_path.iterdir())
-    save, written = directory_module.save_file, []
+    finish, written = shards._Shard.finish, []
 
-    def fail(tensors: Any, path: Path, **kwargs: Any) -> None:
+    def fail(self: Any) -> Any:
         if len(written) == 2:
             raise OSError(28, "No space left on device")
-        save(tensors, path, **kwargs)
-        written.append(path)
+        written.append(self.path)
+        return finish(self)
 
-    monkeypatch.setattr(directory_module, "save_file", fail)
+    monkeypatch.setattr(shards._Shard, "finish", fail)
     out = tmp_path / "out"
     said = error(capsys, case.file, "--output", out, "--shard-size", "30KB")
     assert "No space left on device" in said and str(out) in said
@@ -200,14 +201,14 @@ def test_a_kill_in_the_middle_leaves_nothing_that_looks_complete(
     case = train("llama")
     script = (
         "import os, signal, sys\n"
-        "from falqon.export import directory\n"
+        "from falqon.premeld import shards\n"
         "from falqon.cli import main\n"
-        "save, written = directory.save_file, []\n"
-        "def kill(tensors, path, **kwargs):\n"
-        "    save(tensors, path, **kwargs)\n"
-        "    written.append(path)\n"
+        "finish, written = shards._Shard.finish, []\n"
+        "def kill(self):\n"
+        "    finish(self)\n"
+        "    written.append(self.path)\n"
         "    if len(written) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "directory.save_file = kill\n"
+        "shards._Shard.finish = kill\n"
         "main(sys.argv[1:])\n"
     )
     out = tmp_path / "out"
@@ -218,7 +219,7 @@ def test_a_kill_in_the_middle_leaves_nothing_that_looks_complete(
     assert not out.exists()
     (left,) = tmp_path.glob(".out.*")
     assert left.name.endswith(".falqon-partial")
-    assert len(list(left.glob("*.safetensors"))) == 2
+    assert len(list(left.glob("[!.]*.safetensors"))) == 2
     assert not (left / "config.json").exists()
     assert main(arguments) == 0
     assert (out / "config.json").is_file() and (out / "README.md").is_file()

@@ -1,0 +1,1 @@
+"""Deltas: what a training changed against the melded model it started from."""
