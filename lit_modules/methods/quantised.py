@@ -71,7 +71,6 @@ class QuantisedLinear(KeepsDtypes, abc.ABC):
         self.out_features, self.in_features = linear.weight.shape
         self.dtype = linear.weight.dtype
         self.bias = None if linear.bias is None else frozen(linear.bias.data)
-        self.train(linear.training)
 
     @abc.abstractmethod
     def dequantise(self, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from transformers import LlamaForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from datamodules import AlpacaDataModule
 from falqon import InputError, MeldedLinear
 from lit_modules import LitCausalLM
-from lit_modules.methods import Falqon, FullFinetune, LoRA
+from lit_modules.methods import Falqon, FullFinetune, LoRA, QLoRA
 from lit_modules.methods.state import check_prepared
 from tests.method_checks import (
     LAYERS,
@@ -206,3 +208,22 @@ def test_a_method_that_trains_something_else_than_it_says(tiny_llama: LlamaForCa
         LoRA(rank=4).prepare(torch.nn.Sequential())  # type: ignore[arg-type]
     with pytest.raises(InputError, match="found no layer to train"):
         check_prepared(FullFinetune(), deepcopy(tiny_llama).requires_grad_(False))
+
+
+@pytest.mark.parametrize(("kind", "package"), [(LoRA, "peft"), (QLoRA, "bitsandbytes")])
+def test_a_missing_package_is_named(
+    kind: type[LoRA], package: str, tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=rf"needs {package}: pip install 'falqon\[methods\]'"):
+        kind(rank=4).prepare(deepcopy(tiny_llama))
+
+
+def test_activation_checkpointing_reaches_wrapped_models(
+    tokenizer_dir: str, tiny_llama: LlamaForCausalLM
+) -> None:
+    module = LitCausalLM(tokenizer_dir, method=LoRA(rank=4), gradient_checkpointing=True)
+    module._trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    module.configure_model()
+    layers = [m for m in module.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    assert layers and all(layer.gradient_checkpointing for layer in layers)
