@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="TASK",
-        help="falqon_mini (ships with falqon, needs no hub), paper (the paper's eight), any task "
-        "or group of lm-eval, a YAML file, a directory of such files",
+        help="falqon_mini and falqon_mini_cloze (ship with falqon, need no hub), paper (the "
+        "paper's eight), any task or group of lm-eval, a YAML file, a directory of such files",
     )
     add(
         "--include-path",

@@ -6,10 +6,12 @@ import contextlib
 import copy
 import hashlib
 import io
+import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from tokenizers.processors import TemplateProcessing
@@ -107,7 +109,8 @@ def run_tasks(
     Args:
         model: On the device where it is to run.
         tokenizer: The model's.
-        tasks: As `load_tasks` gives them.
+        tasks: As `load_tasks` gives them. They keep their number of solved examples: load them
+            again for other settings.
         settings: How.
         rank, world_size: Of this process among those that share the questions; all of them have
             to call this, each with a whole model.
@@ -121,7 +124,7 @@ def run_tasks(
     Raises:
         InputError: The tokenizer or the model cannot do what a task needs.
     """
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.evaluator import evaluate
 
     tokenizer, bos = with_bos(tokenizer, settings.add_bos)
     if settings.chat_template and not getattr(tokenizer, "chat_template", None):
@@ -129,15 +132,13 @@ def run_tasks(
     with quiet(), isolate_rng(), evaluating(model), _progress(silent):
         harness = _harness(model, tokenizer, bos, settings, rank, world_size)
         try:
-            results: Any = simple_evaluate(
+            results: Any = evaluate(
                 harness,
-                tasks=list(tasks.items),
-                task_manager=tasks.manager,
-                num_fewshot=settings.num_fewshot,
+                task_dict=_prepare(tasks, settings),
                 limit=settings.limit,
-                batch_size=settings.batch_size,
+                log_samples=True,
                 apply_chat_template=settings.chat_template,
-                fewshot_random_seed=settings.seed,
+                fewshot_as_multiturn=settings.chat_template,
             )
         except (ValueError, AssertionError, NotImplementedError) as error:
             text = str(error).strip().split("\n", maxsplit=1)[0][:300]
@@ -145,6 +146,20 @@ def run_tasks(
     if results is None:
         return None
     return {"add_bos": bos, "tasks": _plain(results)}
+
+
+def _prepare(tasks: TaskSet, settings: TaskSettings) -> Any:
+    """The tasks with their number of examples, and every generator seeded, as lm-eval does it."""
+    random.seed(settings.seed)
+    np.random.seed(settings.seed)
+    torch.manual_seed(settings.seed)
+    loaded = tasks.manager.load(list(tasks.items))
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        wanted = own if settings.num_fewshot is None else settings.num_fewshot
+        task.set_config(key="num_fewshot", value=0 if own == 0 or wanted is None else wanted)
+        task.set_fewshot_seed(seed=settings.seed)
+    return loaded
 
 
 @contextlib.contextmanager

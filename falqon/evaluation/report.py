@@ -71,7 +71,8 @@ def _heads(report: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     for name in columns:
         about = report[name]
         step = f", step {about['step']}" if about["step"] is not None else ""
-        lines.append(f"{name:<8} {about['file'] or about['name']} ({about['weights']}{step})")
+        where = about["file"] if about["kind"] == "checkpoint" else about["name"]
+        lines.append(f"{name:<8} {where} ({about['weights']}{step})")
     settings, result = report["settings"], report["results"][columns[-1]]
     done = [f"BOS {'added' if result['add_bos'] else 'not added'}"]
     if report["tasks"]:

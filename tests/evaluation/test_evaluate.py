@@ -129,6 +129,28 @@ def test_accuracy_is_that_of_a_computation_by_hand(
     assert found["tasks"]["falqon_mini"]["metrics"]["acc"] == pytest.approx(right / 72)
 
 
+def test_the_questions_answered_in_words(tiny_llama: Any, make_tokenizer: Callable) -> None:
+    tokenizer, count = make_tokenizer(), 6
+    tasks = load_tasks(["falqon_mini_cloze"])
+    found = run_tasks(tiny_llama, tokenizer, tasks, TaskSettings(limit=count))
+    right = 0
+    for row in read("test")[:count]:
+        scores = []
+        for choice in row["choices"]:
+            prompt = f"Question: {row['question']}\nAnswer:"
+            whole = tokenizer(f"{prompt} {choice}")["input_ids"]
+            with torch.no_grad():
+                logs = tiny_llama(torch.tensor([whole])).logits[0].log_softmax(-1)
+            start = len(tokenizer(prompt)["input_ids"])
+            total = sum(logs[i - 1, whole[i]].item() for i in range(start, len(whole)))
+            scores.append(total / len(choice))
+        right += scores.index(max(scores)) == row["answer"]
+    assert found is not None
+    assert found["tasks"]["falqon_mini_cloze"]["metrics"]["acc_norm"] == pytest.approx(
+        right / count
+    )
+
+
 @pytest.mark.parametrize("adds", [True, False])
 def test_bos(make_tokenizer: Callable, adds: bool) -> None:
     tokenizer = make_tokenizer(adds)
