@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,7 @@ def test_refusals(
     assert base is not None
     # Another base: one weight of it is another.
     other = tmp_path / "other"
+    shutil.copytree(case.base, other)
     plain = AutoModelForCausalLM.from_pretrained(case.base)
     with torch.no_grad():
         plain.get_submodule("model.layers.1.mlp.up_proj").weight[0, 0] += 1
