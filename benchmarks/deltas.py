@@ -1,7 +1,7 @@
 """Deltas: how large they are at the shapes of a 7B model, and how fast they are put into a model.
 
-`python -m benchmarks.deltas sizes DELTA` takes the share of changed codes by kind of layer from a
-delta of a real run, and compresses changes with these shares at the shapes of LLaMA-7B.
+`python -m benchmarks.deltas sizes DELTA` takes the share of changed codes and their differences by
+kind of layer from a delta of a real run, and compresses such changes at the shapes of LLaMA-7B.
 `python -m benchmarks.deltas load MODEL DELTA [DELTA ...]` melds a model, and times `load_delta`.
 """
 
@@ -12,8 +12,11 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+import zstandard
 
 from falqon import load_delta, meld, unload_delta
 from falqon.delta.codec import encode
@@ -33,42 +36,66 @@ SHAPES = {
 }
 
 
-def shares(delta: Delta) -> dict[str, tuple[float, float]]:
-    """Share of changed codes, and of rows with any, by the last part of a layer's name."""
-    sums: dict[str, list[int]] = {}
+@dataclass
+class Kind:
+    """What a run changed in one kind of layer.
+
+    Attributes:
+        codes, changed: numbers of codes, and of those that changed.
+        bytes: of the compressed changes.
+        differences: some of those that are not zero, uint8.
+    """
+
+    codes: int = 0
+    changed: int = 0
+    bytes: int = 0
+    differences: list[np.ndarray] = field(default_factory=list)
+
+
+def kinds(delta: Delta) -> dict[str, Kind]:
+    """By the last part of a layer's name."""
+    found: dict[str, Kind] = {}
+    changes = delta.changes()
     for name, layer in delta.manifest["layers"].items():
-        held = sums.setdefault(name.rpartition(".")[2], [0, 0, 0, 0])
-        counts = (layer["codes"], layer["out"] * layer["in"], layer["rows"], layer["out"])
-        for index, count in enumerate(counts):
-            held[index] += count
-    return {kind: (s[0] / s[1], s[2] / s[3]) for kind, s in sums.items()}
+        kind = found.setdefault(name.rpartition(".")[2], Kind())
+        kind.codes += layer["out"] * layer["in"]
+        kind.changed += layer["codes"]
+        kind.bytes += layer["bytes"]
+        stream = zstandard.ZstdDecompressor().decompress(changes[name].differences)
+        values = np.frombuffer(stream, dtype=np.uint8)
+        kind.differences.append(values[values != 0][:100_000])
+    return found
 
 
-def synthetic(shape: tuple[int, int], codes: float, rows: float) -> int:
-    """Bytes of a compressed change with these shares, its codes one up or down."""
+def synthetic(shape: tuple[int, int], kind: Kind) -> int:
+    """Bytes of a compressed change with the run's share of changed codes, and its differences."""
     generator = torch.Generator().manual_seed(0)
-    before = torch.randint(0, 127, shape, dtype=torch.uint8, generator=generator)
-    in_row = torch.rand(shape[0], 1, generator=generator) < rows
-    where = in_row & (torch.rand(shape, generator=generator) < codes / max(rows, 1e-9))
-    sign = torch.randint(0, 2, shape, dtype=torch.uint8, generator=generator) * 2 - 1
-    return encode(before, torch.where(where, before + sign, before)).nbytes
+    pool = torch.from_numpy(np.concatenate(kind.differences))
+    before = torch.zeros(shape, dtype=torch.uint8)
+    where = torch.rand(shape, generator=generator) < kind.changed / kind.codes
+    drawn = pool[torch.randint(0, len(pool), (int(where.sum()),), generator=generator)]
+    after = before.clone()
+    after[where] = drawn
+    return encode(before, after).nbytes
 
 
 def sizes(path: str) -> Iterator[str]:
     delta = open_delta(path)
-    found = shares(delta)
+    found = kinds(delta)
     files = sum(file["bytes"] for file in delta.manifest["files"].values())
-    codes = sum(layer["out"] * layer["in"] for layer in delta.manifest["layers"].values())
+    codes = sum(kind.codes for kind in found.values())
     yield f"{path}: {files:,} bytes for {codes:,} codes, {8 * files / codes:.3f} bits a code"
-    yield f"{'layer':<10} {'changed':>8} {'rows':>7} {'shape':>13} {'bytes':>12} {'bits/code':>9}"
+    heads = f"{'layer':<10} {'changed':>8} {'bits/code':>9} {'at 7B':>13} {'bytes':>12}"
+    yield f"{heads} {'bits/code':>9}"
     total = 0
-    for kind, shape in SHAPES.items():
-        changed, rows = found[kind]
-        size = synthetic(shape, changed, rows)
+    for name, shape in SHAPES.items():
+        kind = found[name]
+        size = synthetic(shape, kind)
         total += size
-        bits = 8 * size / (shape[0] * shape[1])
+        ours, theirs = 8 * kind.bytes / kind.codes, 8 * size / (shape[0] * shape[1])
         text = f"{shape[0]} x {shape[1]}"
-        yield f"{kind:<10} {changed:>8.2%} {rows:>7.1%} {text:>13} {size:>12,} {bits:>9.3f}"
+        share = kind.changed / kind.codes
+        yield f"{name:<10} {share:>8.2%} {ours:>9.3f} {text:>13} {size:>12,} {theirs:>9.3f}"
     weights = LAYERS * sum(out * columns for out, columns in SHAPES.values())
     yield f"7B: {LAYERS * total / 2**30:.2f} GiB, of {weights / 2**30:.2f} GiB of codes"
 

@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 from falqon.cli import main
 from falqon.errors import InputError
+from falqon.manifest import seal
 from falqon.premeld.directory import open_melded
 from falqon.premeld.run import premeld
 from falqon.premeld.shards import ShardWriter
@@ -225,11 +226,20 @@ def test_changed_config_and_manifest(melded: Path) -> None:
     assert open_melded(melded) is not None
     manifest = melded / "falqon.json"
     text = manifest.read_text()
-    manifest.write_text(text.replace('"version": 1', '"version": 9'))
+    content = json.loads(text)
+    manifest.write_text(json.dumps(seal(content | {"version": 9})))
     with pytest.raises(InputError, match="version 9; this release reads"):
         open_melded(melded)
-    manifest.write_text(text.replace('"tensors": ', '"others": '))
-    with pytest.raises(InputError, match=r"falqon\.json cannot be read \(KeyError\('tensors'"):
+    before = {key: value for key, value in content.items() if key != "sha256"}
+    manifest.write_text(json.dumps(before | {"version": 1}))
+    with pytest.raises(InputError, match="version 1; this release reads"):
+        open_melded(melded)
+    manifest.write_text(json.dumps(content | {"bytes_after": 1}))
+    with pytest.raises(InputError, match=r"falqon\.json is damaged"):
+        open_melded(melded)
+    del content["tensors"]
+    manifest.write_text(json.dumps(seal(content)))
+    with pytest.raises(InputError, match=r"falqon\.json has no 'tensors'"):
         open_melded(melded)
     manifest.write_text(text[:100])
     with pytest.raises(InputError, match=r"falqon\.json cannot be read"):

@@ -124,10 +124,11 @@ class Tensors:
     def _bf16(self, name: str, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor.contiguous()
-        if not bool(torch.isfinite(tensor).all()):
+        # The extremes are NaN if anything is; a mask would take as much memory as the tensor.
+        if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):
             raise _not_finite(self.trained.file, name)
         stored = tensor.to(torch.bfloat16)
-        if not torch.equal(stored.to(tensor.dtype), tensor):
+        if stored.dtype != tensor.dtype and not torch.equal(stored.to(tensor.dtype), tensor):
             self.rounded.append(name)
         return stored.contiguous()
 
