@@ -25,6 +25,7 @@ from falqon.kernels.operands import are_consecutive
 from falqon.kernels.row_update import LARGEST
 from falqon.linear import MeldedLinear
 from falqon.moments import InputMoments
+from falqon.parallel.layers import ShardedLayer
 from falqon.recipe import UpdateRecipe
 from falqon.rows import RowState, select_rows
 
@@ -61,13 +62,17 @@ class _Write(NamedTuple):
     Attributes:
         layer, state: what they are of.
         held: bool [k], rows with something to write.
-        write: for the kernel.
+        rows: int64 [k], or None for all.
+        write: for the kernel: of a layer that is cut up, what this rank holds of these rows.
+        written: of a layer that is cut up, how many rows all ranks write, int64.
     """
 
-    layer: MeldedLinear
+    layer: MeldedLinear | ShardedLayer
     state: RowState
     held: Tensor
+    rows: Tensor | None
     write: RowWrite
+    written: Tensor | None = None
 
 
 class ProxyUpdate:
@@ -117,11 +122,31 @@ class ProxyUpdate:
         for layer in layers.values():
             layer.live = recipe.live
         self._checked = False
+        self.is_sharded = False
         self._is_closed = False  # nothing was trained since the last flush
         self._counts: list[Tensor] = []
         # Squared norms and products of wanted and landed change since the start, [layers].
         self._landed = torch.zeros(len(layers), dtype=torch.float64, device="cpu")
         self._wanted = torch.zeros(len(layers), dtype=torch.float64, device="cpu")
+
+    def shard(self, views: Mapping[str, ShardedLayer]) -> None:
+        """Go on with layers that were cut up over ranks.
+
+        Args:
+            views: of all layers, by name.
+
+        Raises:
+            InputError: for a policy that needs whole rows.
+        """
+        if views and self.recipe.written == "project":
+            raise InputError(
+                "the update policy projects what rounding left of a row onto A (written: project, "
+                "the preset 'feedback'), which takes whole rows, and the codes are sharded: use "
+                "another policy, or a strategy that does not shard (ddp)."
+            )
+        for name, view in views.items():
+            self.states[name].shard(view)
+        self.is_sharded = bool(views)
 
     @torch.inference_mode(False)  # what is made here lives on; an inference tensor could not
     @torch.no_grad()
@@ -143,14 +168,16 @@ class ProxyUpdate:
         written: list[int] = []
 
         def writes() -> Iterator[_Write]:
-            for index, (name, layer) in enumerate(self.layers.items()):
-                if only is not None and id(layer.B) not in only:
+            for index, (name, melded) in enumerate(self.layers.items()):
+                if only is not None and id(melded.B) not in only:
                     continue
                 state = self.states[name]
                 state.steps += 1
                 if state.steps % self.recipe.every:
                     continue
                 state.follow()
+                state.open()
+                layer = state.layer
                 _drop_diverged(layer)
                 rows, change = self._select(layer, state)
                 write = self._prepare(layer, state, rows, change, index, project)
@@ -181,23 +208,27 @@ class ProxyUpdate:
         """
         self._check()
         compensated = self._compensates
-        for layer in self.layers.values():
-            _drop_diverged(layer)
+        for state in self.states.values():  # before the model is run with them
+            state.open()
+            _drop_diverged(state.layer)
+            state.close()
         counts: list[RowUpdateCounts] = []
         for group in self._groups() if compensated else [list(self.layers)]:
             moments = self._measure(group, calibrate) if compensated else None
             counts += self._write(self._flush_writes(group, len(counts), moments), number)
             del moments  # before the next group's are made
         self._is_closed = True
-        self._collect(counts, [], list(range(len(counts))))
+        self._collect(counts, [], list(range(len(counts))), partial=not compensated)
 
     def _flush_writes(
         self, group: list[str], first: int, moments: InputMoments | None
     ) -> Iterator[_Write]:
         prepared: dict[str, Compensation] = {}
         for index, name in enumerate(group, first):
-            layer, state = self.layers[name], self.states[name]
+            state = self.states[name]
+            layer = state.layer
             state.follow()
+            state.open()
             given = None
             if moments is not None:
                 owner = moments.owner(name)
@@ -238,6 +269,8 @@ class ProxyUpdate:
         is_open = self._compensates and not self._is_closed
         if is_open and any(state.steps for state in self.states.values()):
             return True
+        if self.is_sharded:
+            return any(bool(state.layer.pending().any()) for state in self.states.values())
         return any(bool(layer.B.any()) for layer in self.layers.values())
 
     def _check(self) -> None:
@@ -252,7 +285,7 @@ class ProxyUpdate:
             )
         self._checked = True
 
-    def _clear(self, layer: MeldedLinear, state: RowState, rows: Tensor | None) -> Tensor:
+    def _clear(self, layer: MeldedLinear | ShardedLayer, state: RowState, rows: Tensor | None) -> Tensor:
         """Clear the rows that were not selected; squared norm of what is lost, float64."""
         if rows is None:
             return torch.zeros((), dtype=torch.float64, device=layer.B.device)
@@ -262,7 +295,9 @@ class ProxyUpdate:
         layer.B[rows] = kept
         return lost
 
-    def _select(self, layer: MeldedLinear, state: RowState) -> tuple[Tensor | None, Tensor]:
+    def _select(
+        self, layer: MeldedLinear | ShardedLayer, state: RowState
+    ) -> tuple[Tensor | None, Tensor]:
         """Rows to write, int64 [k] or None for all, and their pending change as a B [k, r]."""
         recipe, out = self.recipe, layer.out_features
         count = recipe.rows_of(out, layer.rank)
@@ -290,7 +325,7 @@ class ProxyUpdate:
 
     def _prepare(
         self,
-        layer: MeldedLinear,
+        layer: MeldedLinear | ShardedLayer,
         state: RowState,
         rows: Tensor | None,
         change: Tensor,
@@ -300,7 +335,7 @@ class ProxyUpdate:
     ) -> _Write:
         """What to write (rows None: all), with the sum of changes updated where there is one."""
         held = (change != 0).any(dim=1)  # NaN counts as a change: it must leave B
-        origin = None
+        total = None
         if state.original is not None and state.applied is not None:
             on_host = slice(None) if rows is None else rows.cpu()
             # What would overflow in B A is not written, and must not stay in the sum for good.
@@ -308,13 +343,61 @@ class ProxyUpdate:
             change = torch.where(usable, change, torch.nan)
             total = state.applied[on_host] + torch.where(usable, change, 0.0).cpu()
             state.applied[on_host] = total
-            device = change.device
-            origin = Origin(state.original[on_host].to(device), total.to(device))
+        if isinstance(layer, ShardedLayer):
+            return self._prepare_part(
+                layer, state, held, rows, change, index, total, compensation
+            )
+        origin = self._origin(state, rows, total, change.device)
         inverse = state.gram_inverse if project else None
         write = RowWrite(
             layer.codes, layer.scale, rows, change, index, origin, inverse, compensation
         )
-        return _Write(layer, state, held, write)
+        return _Write(layer, state, held, rows, write)
+
+    @staticmethod
+    def _origin(
+        state: RowState, rows: Tensor | None, total: Tensor | None, device: torch.device
+    ) -> Origin | None:
+        if state.original is None or total is None:
+            return None
+        on_host = slice(None) if rows is None else rows.cpu()
+        return Origin(state.original[on_host].to(device), total.to(device))
+
+    def _prepare_part(
+        self,
+        layer: ShardedLayer,
+        state: RowState,
+        held: Tensor,
+        rows: Tensor | None,
+        change: Tensor,
+        index: int,
+        total: Tensor | None,
+        compensation: Compensation | None,
+    ) -> _Write:
+        """As `_prepare`, of what this rank holds; for compensated rounding of the whole layer.
+
+        That rounds column after column of whole rows, so every rank writes all of the layer, and
+        keeps its part.
+        """
+        size = change.abs().sum(dim=1)
+        written = ((size < LARGEST) & ((size > 0) | (compensation is not None))).sum()
+        if compensation is not None:
+            origin = None
+            if state.original is not None and total is not None:
+                values = layer.gather(state.original.to(change.device))
+                origin = Origin(values, total.to(change.device))
+            codes = layer.gather(layer.codes)
+            write = RowWrite(codes, layer.scale, rows, change, index, origin, None, compensation)
+            return _Write(layer, state, held, rows, write, written)
+        here, local = layer.local_rows(rows)
+        if total is not None:
+            total = total[here.cpu() if isinstance(here, Tensor) else here]
+        origin = self._origin(state, local, total, change.device)
+        place = (layer.rows[0], layer.columns[0])
+        write = RowWrite(
+            layer.codes, layer.scale, local, change[here], index, origin, None, None, place
+        )
+        return _Write(layer, state, held, rows, write, written)
 
     def _write(self, writes: Iterable[_Write], number: int) -> list[RowUpdateCounts]:
         """Write rows; those whose change is zero stay as they are, in B as well.
@@ -334,25 +417,43 @@ class ProxyUpdate:
 
     def _write_batch(self, batch: list[_Write], number: int) -> list[RowUpdateCounts]:
         results = self.row_update([w.write for w in batch], self.recipe.seed, number)
-        for (layer, state, held, write), (_, kept) in zip(batch, results, strict=True):
-            where = slice(None) if write.rows is None else write.rows
-            left = torch.zeros_like(write.proxy) if kept is None else kept / layer.lora_scaling
+        counts = [
+            c if w.written is None else c._replace(written=w.written)
+            for w, (c, _) in zip(batch, results, strict=True)
+        ]
+        for (layer, state, held, rows, write, _), (_, kept) in zip(batch, results, strict=True):
+            where = slice(None) if rows is None else rows
+            left = layer.B.new_zeros(len(held), layer.rank)
+            if kept is not None:
+                left = kept / layer.lora_scaling
+            if isinstance(layer, ShardedLayer) and write.compensation is not None:
+                layer.keep(write.codes)
             layer.B[where] = torch.where(held[:, None], left, layer.B[where])
             state.last_written[where] = torch.where(
                 held, state.steps - 1, state.last_written[where]
             )
-            state.wrote(write.rows)
-        return [counts for counts, _ in results]
+            state.wrote(rows)
+            state.close()
+        return counts
 
     def _collect(
-        self, counts: list[RowUpdateCounts], lost: list[Tensor], written: list[int]
+        self,
+        counts: list[RowUpdateCounts],
+        lost: list[Tensor],
+        written: list[int],
+        partial: bool = True,
     ) -> None:
+        """Add up what was written; `partial`: where layers are cut up, by this rank."""
         if not counts:
             return
         columns = [
             torch.stack([value.double() for value in column])
             for column in zip(*counts, strict=True)
         ]
+        if self.is_sharded and partial:
+            sums = torch.stack(columns[1:])
+            next(iter(self.states.values())).layer.sum(sums)  # type: ignore[union-attr]
+            columns[1:] = sums.unbind()
         lost_by_layer = torch.stack(lost) if lost else torch.zeros_like(columns[-1])
         self._counts = [*(column.sum() for column in columns), lost_by_layer.sum()]
         if self._landed.device != columns[0].device:
@@ -366,8 +467,8 @@ class ProxyUpdate:
         if not any(state.steps for state in self.states.values()) and not self._counts:
             return None
         pending = []
-        for name, layer in self.layers.items():
-            state, change = self.states[name], layer.pending()
+        for state in self.states.values():
+            change = state.layer.pending()
             waiting = (change != 0).any(dim=1)
             state.follow()
             age = (state.steps - 1 - state.last_written) * waiting
@@ -377,7 +478,8 @@ class ProxyUpdate:
         sums = torch.cat([counts, torch.stack(pending).sum(dim=0)]).tolist()
         written, written_codes, flipped, saturated, projection, wanted, lost, *sums = sums
         squared, age, waiting = sums
-        codes = sum(layer.out_features * layer.in_features for layer in self.layers.values())
+        whole = [state.layer for state in self.states.values()]
+        codes = sum(layer.out_features * layer.in_features for layer in whole)
         return UpdateStatistics(
             rows_written=int(written),
             codes_flipped=int(flipped),
@@ -434,7 +536,7 @@ class ProxyUpdate:
         return {n: s.original for n, s in self.states.items() if s.original is not None}
 
 
-def _drop_diverged(layer: MeldedLinear) -> None:
+def _drop_diverged(layer: MeldedLinear | ShardedLayer) -> None:
     """Clear rows of B that are not finite: they cannot be written, and would act for good."""
     finite = torch.isfinite(layer.B.sum(dim=1, keepdim=True))
     layer.B.copy_(torch.where(finite, layer.B, 0.0))

@@ -18,12 +18,14 @@ from typing_extensions import override
 from falqon.callbacks import MetricsCSV, WandbSettings, archive_previous_run, make_wandb_logger
 from falqon.callbacks.predictions import PredictionFile
 from falqon.callbacks.proxy_monitor import ProxyMonitor
+from falqon.callbacks.rank_checksum import RankChecksum
 from falqon.callbacks.report import RunReport
 from falqon.callbacks.run_checkpoint import RunCheckpoint
 from falqon.callbacks.run_dir import restore_archived_run
 from falqon.callbacks.throughput import Throughput
 from falqon.checkpoint import SERVED, AtomicCheckpointIO, read_checkpoint
 from falqon.errors import InputError
+from falqon.parallel.strategies import refuse
 from falqon.precision import FalqonPrecision
 
 
@@ -55,7 +57,7 @@ class FalqonCLI(LightningCLI):
     """LightningCLI with the run's files, loggers and report.
 
     Beside `trainer`, `model` and `data` a configuration has `checkpoint` (`RunCheckpoint`),
-    `report` (`RunReport`) and `wandb` (`WandbSettings`). Interpolation (`${seed_everything}`) is
+    `report` (`RunReport`), `rank_checksum` (`RankChecksum`) and `wandb` (`WandbSettings`). Interpolation (`${seed_everything}`) is
     resolved once, after all files and flags.
     """
 
@@ -63,6 +65,7 @@ class FalqonCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RunReport, "report")
+        parser.add_lightning_class_args(RankChecksum, "rank_checksum")
         parser.add_class_arguments(WandbSettings, "wandb")
         for source, target in (
             ("model_name", "tokenizer_name"),
@@ -106,13 +109,9 @@ class FalqonCLI(LightningCLI):
             if not isinstance(plugin, str) and plugin.get("class_path") == "falqon.FalqonPrecision":
                 FalqonPrecision(**plugin.init_args.as_dict())
         strategy = trainer.strategy
-        name = strategy if isinstance(strategy, str) else str(strategy.get("class_path", ""))
-        if "deepspeed" in name.lower():
-            raise InputError(
-                f"trainer.strategy {name}: DeepSpeed replaces the optimizer step and the precision "
-                "plugin, so FALQON's weights would never be updated. Use ddp, or "
-                "lightning.pytorch.strategies.ModelParallelStrategy to shard."
-            )
+        refuse(strategy if isinstance(strategy, str) else str(strategy.get("class_path", "")))
+        if trainer.accelerator in ("tpu", "xla"):
+            refuse("xla")
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -16,6 +16,8 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from falqon.errors import InputError
+from falqon.parallel.exact import ExactSums, rows_of, unit_gradient
+from falqon.parallel.strategies import data_parallel_size, prepare, total_norm
 from falqon.precision import FalqonPrecision
 from falqon.premeld.directory import MeldedDirectory, open_melded
 from falqon.premeld.load import load_melded
@@ -48,6 +50,9 @@ class LitCausalLM(LightningModule):
             is then on the device in its own precision for a moment.
         max_new_tokens: Longest answer of generation.
         temperature: Of sampling in generation; 0 takes the most likely token.
+        exact_sums: Make a step's gradient independent, to the last bit, of how its rows are split
+            over devices and accumulated batches: rows run one by one, and their gradients are added
+            as integers. Slow; to compare runs. Needs `FalqonPrecision`.
         trust_remote_code: Run code that comes with the model. Only for sources you trust.
         revision: Branch, tag or commit on the hub.
     """
@@ -66,6 +71,7 @@ class LitCausalLM(LightningModule):
         compare_with_base: bool = False,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
+        exact_sums: bool = False,
         trust_remote_code: bool = False,
         revision: str | None = None,
     ) -> None:
@@ -82,11 +88,13 @@ class LitCausalLM(LightningModule):
         self.compare_with_base = compare_with_base
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
+        self.exact_sums = exact_sums
         self.trust_remote_code = trust_remote_code
         self.revision = revision
         self.model: PreTrainedModel | None = None
         self.base_loss: float | None = None
         self._sums: dict[str, Tensor] = {}
+        self._exact: ExactSums | None = None
 
     # -- setting up ---------------------------------------------------------------------------
 
@@ -95,12 +103,19 @@ class LitCausalLM(LightningModule):
 
         Raises:
             InputError: for flash attention with packed batches of several rows (it would not keep
-                documents apart), and for a compensated flush without training examples to look at.
+                documents apart), for a compensated flush without training examples to look at, and
+                for a strategy that cannot work.
         """
+        prepare(self.trainer.strategy)
         data = getattr(self.trainer, "datamodule", None)
         plugin = self.trainer.precision_plugin
         if stage == "fit" and isinstance(plugin, FalqonPrecision):
             self._check_calibration(plugin)
+        elif stage == "fit" and self.exact_sums:
+            raise InputError(
+                "exact_sums adds gradients of melded layers: use it with falqon.FalqonPrecision, "
+                "or set model.exact_sums to false."
+            )
         if getattr(data, "packing", False) and "flash" in self.attn_implementation:
             sizes = {getattr(data, "batch_size", 1), getattr(data, "eval_batch_size", 1)}
             if sizes != {1}:
@@ -139,6 +154,7 @@ class LitCausalLM(LightningModule):
             if isinstance(plugin, FalqonPrecision):
                 plugin.convert(model, device=device, premelded=premelded)
                 rank_zero_info(str(plugin.report))
+                self._exact = ExactSums(plugin.layers) if self.exact_sums else None
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -207,10 +223,22 @@ class LitCausalLM(LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Summed loss of a batch; `configure_gradient_clipping` divides by the step's tokens."""
         assert self.model is not None
+        if self._exact is not None:
+            return self._loss_by_row(batch, self._exact)
         loss, tokens = supervised_loss(self.model, batch)
         self._add("train", loss, tokens)
         # Undo what Lightning and DDP will do: divide by accumulated batches, average over ranks.
-        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        return loss * (self.trainer.accumulate_grad_batches * data_parallel_size(self.trainer))
+
+    def _loss_by_row(self, batch: dict[str, Tensor], exact: ExactSums) -> Tensor:
+        assert self.model is not None
+        losses = []
+        for row in rows_of(batch):
+            loss, tokens = supervised_loss(self.model, row)
+            self._add("train", loss, tokens)
+            losses.append(unit_gradient(loss))
+        exact.count(len(losses))
+        return torch.stack(losses).sum()
 
     def configure_gradient_clipping(
         self,
@@ -223,12 +251,14 @@ class LitCausalLM(LightningModule):
         if sums is None:
             return
         loss, tokens = sums
+        if self._exact is not None:
+            self._exact.finish()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
         per_token = tokens.clamp(min=1).reciprocal().to(torch.float32)
         for gradient in gradients:
             gradient.mul_(per_token)
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = total_norm(gradients)  # type: ignore[arg-type]
         if not torch.isfinite(norm):
             # Adam's moments would never recover, and with them the weights stand still for good.
             raise InputError(
