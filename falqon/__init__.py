@@ -3,6 +3,7 @@
 from falqon.errors import InputError
 from falqon.linear import MeldedLinear
 from falqon.meld import MeldReport, meld, meld_linear, melded_layers
+from falqon.parallel.sharded_strategy import ShardedStrategy
 from falqon.precision import FalqonPrecision
 from falqon.proxy import ProxyUpdate, UpdateStatistics
 from falqon.recipe import (
@@ -26,6 +27,7 @@ __all__ = [
     "MeldReport",
     "MeldedLinear",
     "ProxyUpdate",
+    "ShardedStrategy",
     "UpdateRecipe",
     "UpdateStatistics",
     "__version__",

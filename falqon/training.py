@@ -24,6 +24,7 @@ from falqon.callbacks.run_checkpoint import RunCheckpoint
 from falqon.callbacks.run_dir import restore_archived_run
 from falqon.callbacks.throughput import Throughput
 from falqon.checkpoint import SERVED, AtomicCheckpointIO, read_checkpoint
+from falqon.checkpoint.sharded import is_sharded, read_meta
 from falqon.errors import InputError
 from falqon.parallel.strategies import refuse
 from falqon.precision import FalqonPrecision
@@ -159,9 +160,9 @@ class FalqonCLI(LightningCLI):
         None for a fresh run, also for one that starts from another run's checkpoint.
         """
         path = self._get(self.config_init, "ckpt_path")
-        if path is None or not Path(path).is_file():
+        if path is None or not Path(path).exists():
             return None
-        checkpoint = read_checkpoint(path, mmap=True)
+        checkpoint = read_meta(path) if is_sharded(path) else read_checkpoint(path, mmap=True)
         for plugin in plugins:
             if isinstance(plugin, FalqonPrecision):
                 plugin.check_settings(checkpoint.get("FalqonPrecision"), f"checkpoint {path}")
@@ -202,7 +203,7 @@ class FalqonCLI(LightningCLI):
 
 
 def _holds_run(root: Path) -> bool:
-    return (root / "metrics.csv").is_file() or (root / "checkpoints" / "last.ckpt").is_file()
+    return (root / "metrics.csv").is_file() or (root / "checkpoints" / "last.ckpt").exists()
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any, Literal
 
@@ -16,8 +17,11 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from falqon.errors import InputError
+from falqon.groups import untied
 from falqon.parallel.exact import ExactSums, rows_of, unit_gradient
-from falqon.parallel.strategies import data_parallel_size, prepare, total_norm
+from falqon.parallel.sharding import parallelize
+from falqon.parallel.strategies import data_parallel_size, is_sharding, prepare, total_norm
+from falqon.parallel.wholes import whole_shape
 from falqon.precision import FalqonPrecision
 from falqon.premeld.directory import MeldedDirectory, open_melded
 from falqon.premeld.load import load_melded
@@ -135,12 +139,15 @@ class LitCausalLM(LightningModule):
         if isinstance(plugin, FalqonPrecision):
             dtype = plugin.dtype
         device = self.trainer.strategy.root_device
+        # What is going to be cut up never is on a device as a whole.
+        sharding = is_sharding(self.trainer.strategy)
+        store = torch.device("cpu") if sharding else None
         premelded = None
         if isinstance(plugin, FalqonPrecision):
             premelded = open_melded(resolve(self.model_name).path)
-        with torch.device("cpu"):
+        with torch.device("cpu"), untied() if sharding else nullcontext():
             if isinstance(plugin, FalqonPrecision) and premelded is not None:
-                model = self._load_melded(premelded, plugin)
+                model = self._load_melded(premelded, plugin, store or device)
             else:
                 model = load_model(
                     self.model_name,
@@ -151,18 +158,31 @@ class LitCausalLM(LightningModule):
                 )
             if self.compare_with_base and self._fits_from_start():
                 self.base_loss = self._loss_of(model.to(device))  # type: ignore[arg-type]
+                model = model.to(store or device)  # type: ignore[arg-type]
             if isinstance(plugin, FalqonPrecision):
-                plugin.convert(model, device=device, premelded=premelded)
+                plugin.convert(model, device=device, premelded=premelded, store=store)
                 rank_zero_info(str(plugin.report))
                 self._exact = ExactSums(plugin.layers) if self.exact_sums else None
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
+        if sharding:
+            self._shard(model, plugin)
         model.train()  # Lightning leaves the mode as it is, and from_pretrained gives eval mode
         self.model = model
 
-    def _load_melded(self, directory: MeldedDirectory, plugin: FalqonPrecision) -> PreTrainedModel:
+    def _shard(self, model: PreTrainedModel, plugin: Any) -> None:
+        if not isinstance(plugin, FalqonPrecision):
+            raise InputError(
+                "a strategy that shards is supported with falqon.FalqonPrecision; use ddp."
+            )
+        parallelize(model, self.trainer.strategy)
+        plugin.shard()
+
+    def _load_melded(
+        self, directory: MeldedDirectory, plugin: FalqonPrecision, device: torch.device
+    ) -> PreTrainedModel:
         """The model of a directory of `falqon meld`, after a look at the settings."""
         if self.compare_with_base and self._fits_from_start():
             raise InputError(
@@ -174,7 +194,7 @@ class LitCausalLM(LightningModule):
             directory,
             plugin.fp8,
             plugin.melding,
-            device=self.trainer.strategy.root_device,
+            device=device,
             attn_implementation=self.attn_implementation,
         )
 
@@ -368,7 +388,7 @@ class LitCausalLM(LightningModule):
 
     # -- generation ---------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, batch: dict[str, Any], max_new_tokens: int | None = None) -> list[str]:
         """Answer prompts.
 
@@ -396,6 +416,8 @@ class LitCausalLM(LightningModule):
                 pad_token_id=tokenizer.pad_token_id
                 if tokenizer.pad_token_id is not None
                 else tokenizer.eos_token_id,
+                # Ranks that gather weights from each other have to take equally many steps.
+                synced_gpus=is_sharding(self.trainer.strategy),
                 **sampling,
             )
         finally:
@@ -450,7 +472,7 @@ class LitCausalLM(LightningModule):
                 f"{where} was trained with FalqonPrecision: add falqon.FalqonPrecision to "
                 "trainer.plugins, with the settings of that run's config.yaml."
             )
-        expected = {name: tuple(p.shape) for name, p in self.state_dict().items()}
+        expected = {name: whole_shape(self, name, p) for name, p in self.state_dict().items()}
         found = {name: tuple(p.shape) for name, p in checkpoint["state_dict"].items()}
         if expected != found:
             names = sorted(expected.keys() | found.keys())

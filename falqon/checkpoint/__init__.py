@@ -1,12 +1,12 @@
 """Checkpoints: written atomically, read safely, hashed and described."""
 
+from falqon.checkpoint.errors import CheckpointError
 from falqon.checkpoint.hashing import hash_tensors, training_hash
 from falqon.checkpoint.io import (
     LAST,
     SERVED,
     TEMPORARY_SUFFIX,
     AtomicCheckpointIO,
-    CheckpointError,
     read_checkpoint,
 )
 

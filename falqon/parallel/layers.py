@@ -43,6 +43,11 @@ def tensor_part(layer: MeldedLinear) -> TensorPart | None:
     return part
 
 
+def is_part(layer: MeldedLinear) -> bool:
+    """Whether this rank holds a part of the layer only."""
+    return is_cut(layer.codes) or tensor_part(layer) is not None
+
+
 class ShardedLayer:
     """The whole layer's sizes and B, and this rank's codes.
 
@@ -130,9 +135,11 @@ class ShardedLayer:
         self._whole_b = None
 
     def _gather_b(self) -> Tensor:
-        b: Tensor = self.layer.B.detach()
-        # A copy even where nothing is to be gathered.
-        whole = b.full_tensor() if isinstance(b, DTensor) else b.clone()
+        return self.gather_rows(self.layer.B.detach())
+
+    def gather_rows(self, part: Tensor) -> Tensor:
+        """All of what is cut up as B is (or a bias); a copy even where nothing is missing."""
+        whole = part.full_tensor() if isinstance(part, DTensor) else part.clone()
         if self.part is not None and self.part.by_rows:
             parts = [torch.empty_like(whole) for _ in range(self.part.count)]
             dist.all_gather(parts, whole.contiguous(), group=self.part.group)
@@ -163,6 +170,14 @@ class ShardedLayer:
             whole[self.out_features :, columns] = part[held:]
         self.sum(whole)
         return whole
+
+    def cut_codes(self, whole: Tensor) -> Tensor:
+        """This rank's part of all codes [out + r, in]."""
+        columns = slice(*self.columns)
+        backbone = self.part_of(whole[: self.out_features])
+        if self.rows == (0, self.out_features):
+            return whole[:, columns]
+        return torch.cat([backbone, whole[self.out_features :, columns]])
 
     def keep(self, whole: Tensor) -> None:
         """Take this rank's part of all codes [out + r, in]."""

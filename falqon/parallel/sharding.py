@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -10,7 +11,6 @@ from torch.distributed.tensor import Shard
 
 from falqon.errors import InputError
 from falqon.meld import melded_layers
-from falqon.parallel.layers import ShardedLayer
 
 
 def placement(parameter: nn.Parameter) -> Shard:
@@ -104,12 +104,16 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     )
 
 
-def views(model: nn.Module) -> dict[str, ShardedLayer]:
-    """What this rank holds of every melded layer; empty if nothing is cut up."""
-    from falqon.parallel.layers import tensor_part
-    from falqon.parallel.slices import is_cut
+def parallelize(model: nn.Module, strategy: Strategy) -> None:
+    """Cut a melded model up as a strategy says, in place.
 
-    layers = melded_layers(model)
-    if not any(is_cut(layer.codes) or tensor_part(layer) for layer in layers.values()):
-        return {}
-    return {name: ShardedLayer(layer) for name, layer in layers.items()}
+    Args:
+        model: after melding.
+        strategy: of the Trainer, whose processes have found each other.
+
+    Raises:
+        InputError: as `shard` does.
+    """
+    assert isinstance(strategy, ModelParallelStrategy)
+    mesh = strategy.device_mesh
+    shard(model, mesh["data_parallel"])

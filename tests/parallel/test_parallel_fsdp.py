@@ -1,0 +1,33 @@
+"""FSDP2: the codes of DDP to the last bit, with a share of its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+STEPS = "--trainer.max_steps=4"
+
+
+def test_the_codes_of_ddp(jobs: Callable, tiny_run: Callable, tmp_path: Path) -> None:
+    two = jobs(2)
+    policies = {
+        "live": tiny_run(
+            update={"preset": "compensated", "every": 2, "calibration_rows": 6},
+            rounding="stochastic",
+        ),
+        "flips": tiny_run(update={"preset": "anchored", "select": "flips", "max_age": 12}),
+    }
+    policies["live"]["trainer"] |= {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
+    for name, config in policies.items():
+        config["data"]["init_args"]["batch_size"] = 2
+        for strategy in ("ddp", "fsdp2"):
+            config["trainer"]["strategy"] = strategy
+            two.add(f"{name}-{strategy}", config, STEPS)
+    two.run()
+    for name in policies:
+        ddp, fsdp = two.notes(f"{name}-ddp"), two.notes(f"{name}-fsdp2")
+        assert len(set(ddp[0]["hashes"])) > 3
+        for one, other in zip(ddp, fsdp, strict=True):
+            assert one["hashes"] == other["hashes"], name
+            assert one["hash"] == other["hash"], name  # after everything pending was written
+            assert other["bytes_held"] < 0.52 * other["bytes_whole"]
