@@ -23,8 +23,7 @@ from falqon.callbacks.report import RunReport
 from falqon.callbacks.run_checkpoint import RunCheckpoint
 from falqon.callbacks.run_dir import restore_archived_run
 from falqon.callbacks.throughput import Throughput
-from falqon.checkpoint import SERVED, AtomicCheckpointIO, read_checkpoint
-from falqon.checkpoint.sharded import is_sharded, read_meta
+from falqon.checkpoint import SERVED, AtomicCheckpointIO, read_header
 from falqon.errors import InputError
 from falqon.parallel.strategies import refuse
 from falqon.precision import FalqonPrecision
@@ -162,7 +161,7 @@ class FalqonCLI(LightningCLI):
         path = self._get(self.config_init, "ckpt_path")
         if path is None or not Path(path).exists():
             return None
-        checkpoint = read_meta(path) if is_sharded(path) else read_checkpoint(path, mmap=True)
+        checkpoint = read_header(path)
         for plugin in plugins:
             if isinstance(plugin, FalqonPrecision):
                 plugin.check_settings(checkpoint.get("FalqonPrecision"), f"checkpoint {path}")

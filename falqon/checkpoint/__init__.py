@@ -8,6 +8,7 @@ from falqon.checkpoint.io import (
     TEMPORARY_SUFFIX,
     AtomicCheckpointIO,
     read_checkpoint,
+    read_header,
 )
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "CheckpointError",
     "hash_tensors",
     "read_checkpoint",
+    "read_header",
     "training_hash",
 ]

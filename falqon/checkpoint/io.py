@@ -28,7 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from falqon.checkpoint.errors import CheckpointError
-from falqon.checkpoint.sharded import is_sharded, read_sharded, recover
+from falqon.checkpoint.sharded import is_sharded, read_meta, read_sharded, recover
 
 # In a run's directory: the state to resume from, and the weights with everything pending written.
 LAST = Path("checkpoints") / "last.ckpt"
@@ -137,6 +137,16 @@ def read_checkpoint(
     except (*_READ_ERRORS, UnpicklingError) as error:
         raise _cannot_read(file, error) from error
     return _require_checkpoint(file, loaded)
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds beside large tensors; of one in a file also these, not read yet.
+
+    Raises:
+        CheckpointError: as `read_checkpoint` does.
+    """
+    recover(Path(path))
+    return read_meta(path) if is_sharded(path) else read_checkpoint(path, mmap=True)
 
 
 def _local_path(path: str | Path) -> Path | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from falqon.checkpoint import LAST, SERVED, CheckpointError, read_checkpoint
+from falqon.checkpoint import LAST, SERVED, CheckpointError, read_checkpoint, read_header
 from falqon.checkpoint.inspect import (
     PLUGIN_KEY,
     MeldedLayer,
@@ -106,8 +106,8 @@ def _locate(path: Path) -> Path:
     served = path / SERVED
     if not served.exists():
         return locate_checkpoint(path)
-    if served.is_file() and (path / LAST).is_file():  # else sharded: refused when it is read
-        steps = [read_checkpoint(f, mmap=True).get("global_step") for f in (served, path / LAST)]
+    if (path / LAST).exists():
+        steps = [read_header(f).get("global_step") for f in (served, path / LAST)]
         if steps[0] != steps[1]:
             raise CheckpointError(
                 f"{served} is of step {steps[0]} and {path / LAST} of step {steps[1]}: the run "
@@ -148,7 +148,7 @@ def _refuse_pending(trained: Trained, plugin: Mapping[str, Any]) -> None:
         return
     run = trained.run
     config = run / "config.yaml" if run else "RUN/config.yaml"
-    there = f" Export {run / SERVED}, or" if run and (run / SERVED).is_file() else " To"
+    there = f" Export {run / SERVED}, or" if run and (run / SERVED).exists() else " To"
     raise CheckpointError(
         f"{trained.file} (step {trained.step}) is not what would be served: "
         f"{' and '.join(reasons)} that only the end of a run writes.{there} write them now: "
