@@ -26,6 +26,7 @@ from falqon.kernels.row_update import LARGEST
 from falqon.linear import MeldedLinear
 from falqon.moments import InputMoments
 from falqon.parallel.layers import ShardedLayer
+from falqon.parallel.writes import add_up, part_write
 from falqon.recipe import UpdateRecipe
 from falqon.rows import RowState, select_rows
 
@@ -241,8 +242,8 @@ class ProxyUpdate:
         """Layers in their order, by how many second moments may be in memory at once."""
         group: list[str] = []
         held = 0
-        for name, layer in self.layers.items():
-            size = 4 * layer.in_features**2
+        for name in self.layers:
+            size = 4 * self.states[name].layer.in_features ** 2
             if group and held + size > self.recipe.calibration_memory:
                 yield group
                 group, held = [], 0
@@ -285,7 +286,9 @@ class ProxyUpdate:
             )
         self._checked = True
 
-    def _clear(self, layer: MeldedLinear | ShardedLayer, state: RowState, rows: Tensor | None) -> Tensor:
+    def _clear(
+        self, layer: MeldedLinear | ShardedLayer, state: RowState, rows: Tensor | None
+    ) -> Tensor:
         """Clear the rows that were not selected; squared norm of what is lost, float64."""
         if rows is None:
             return torch.zeros((), dtype=torch.float64, device=layer.B.device)
@@ -336,68 +339,27 @@ class ProxyUpdate:
         """What to write (rows None: all), with the sum of changes updated where there is one."""
         held = (change != 0).any(dim=1)  # NaN counts as a change: it must leave B
         total = None
+        on_host = slice(None) if rows is None else rows.cpu()
         if state.original is not None and state.applied is not None:
-            on_host = slice(None) if rows is None else rows.cpu()
             # What would overflow in B A is not written, and must not stay in the sum for good.
             usable = (change.abs().sum(dim=1, keepdim=True) < LARGEST).expand_as(change)
             change = torch.where(usable, change, torch.nan)
             total = state.applied[on_host] + torch.where(usable, change, 0.0).cpu()
             state.applied[on_host] = total
         if isinstance(layer, ShardedLayer):
-            return self._prepare_part(
-                layer, state, held, rows, change, index, total, compensation
+            part, written = part_write(
+                layer, state.original, rows, change, index, total, compensation
             )
-        origin = self._origin(state, rows, total, change.device)
+            return _Write(layer, state, held, rows, part, written)
+        origin = None
+        if state.original is not None and total is not None:
+            device = change.device
+            origin = Origin(state.original[on_host].to(device), total.to(device))
         inverse = state.gram_inverse if project else None
         write = RowWrite(
             layer.codes, layer.scale, rows, change, index, origin, inverse, compensation
         )
         return _Write(layer, state, held, rows, write)
-
-    @staticmethod
-    def _origin(
-        state: RowState, rows: Tensor | None, total: Tensor | None, device: torch.device
-    ) -> Origin | None:
-        if state.original is None or total is None:
-            return None
-        on_host = slice(None) if rows is None else rows.cpu()
-        return Origin(state.original[on_host].to(device), total.to(device))
-
-    def _prepare_part(
-        self,
-        layer: ShardedLayer,
-        state: RowState,
-        held: Tensor,
-        rows: Tensor | None,
-        change: Tensor,
-        index: int,
-        total: Tensor | None,
-        compensation: Compensation | None,
-    ) -> _Write:
-        """As `_prepare`, of what this rank holds; for compensated rounding of the whole layer.
-
-        That rounds column after column of whole rows, so every rank writes all of the layer, and
-        keeps its part.
-        """
-        size = change.abs().sum(dim=1)
-        written = ((size < LARGEST) & ((size > 0) | (compensation is not None))).sum()
-        if compensation is not None:
-            origin = None
-            if state.original is not None and total is not None:
-                values = layer.gather(state.original.to(change.device))
-                origin = Origin(values, total.to(change.device))
-            codes = layer.gather(layer.codes)
-            write = RowWrite(codes, layer.scale, rows, change, index, origin, None, compensation)
-            return _Write(layer, state, held, rows, write, written)
-        here, local = layer.local_rows(rows)
-        if total is not None:
-            total = total[here.cpu() if isinstance(here, Tensor) else here]
-        origin = self._origin(state, local, total, change.device)
-        place = (layer.rows[0], layer.columns[0])
-        write = RowWrite(
-            layer.codes, layer.scale, local, change[here], index, origin, None, None, place
-        )
-        return _Write(layer, state, held, rows, write, written)
 
     def _write(self, writes: Iterable[_Write], number: int) -> list[RowUpdateCounts]:
         """Write rows; those whose change is zero stay as they are, in B as well.
@@ -451,9 +413,9 @@ class ProxyUpdate:
             for column in zip(*counts, strict=True)
         ]
         if self.is_sharded and partial:
-            sums = torch.stack(columns[1:])
-            next(iter(self.states.values())).layer.sum(sums)  # type: ignore[union-attr]
-            columns[1:] = sums.unbind()
+            first = next(iter(self.states.values())).layer
+            assert isinstance(first, ShardedLayer)
+            columns[1:] = add_up(first, columns[1:])
         lost_by_layer = torch.stack(lost) if lost else torch.zeros_like(columns[-1])
         self._counts = [*(column.sum() for column in columns), lost_by_layer.sum()]
         if self._landed.device != columns[0].device:

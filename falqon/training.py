@@ -57,8 +57,8 @@ class FalqonCLI(LightningCLI):
     """LightningCLI with the run's files, loggers and report.
 
     Beside `trainer`, `model` and `data` a configuration has `checkpoint` (`RunCheckpoint`),
-    `report` (`RunReport`), `rank_checksum` (`RankChecksum`) and `wandb` (`WandbSettings`). Interpolation (`${seed_everything}`) is
-    resolved once, after all files and flags.
+    `report` (`RunReport`), `rank_checksum` (`RankChecksum`) and `wandb` (`WandbSettings`).
+    Interpolation (`${seed_everything}`) is resolved once, after all files and flags.
     """
 
     @override

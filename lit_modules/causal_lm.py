@@ -19,8 +19,14 @@ from transformers import PreTrainedModel
 from falqon.errors import InputError
 from falqon.groups import untied
 from falqon.parallel.exact import ExactSums, rows_of, unit_gradient
+from falqon.parallel.norm import total_norm
 from falqon.parallel.sharding import parallelize
-from falqon.parallel.strategies import data_parallel_size, is_sharding, prepare, total_norm
+from falqon.parallel.strategies import (
+    data_parallel_group,
+    data_parallel_size,
+    is_sharding,
+    prepare,
+)
 from falqon.parallel.wholes import whole_shape
 from falqon.precision import FalqonPrecision
 from falqon.premeld.directory import MeldedDirectory, open_melded
@@ -162,13 +168,14 @@ class LitCausalLM(LightningModule):
             if isinstance(plugin, FalqonPrecision):
                 plugin.convert(model, device=device, premelded=premelded, store=store)
                 rank_zero_info(str(plugin.report))
-                self._exact = ExactSums(plugin.layers) if self.exact_sums else None
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
         if sharding:
             self._shard(model, plugin)
+        if isinstance(plugin, FalqonPrecision) and self.exact_sums:
+            self._exact = ExactSums(plugin.layers)
         model.train()  # Lightning leaves the mode as it is, and from_pretrained gives eval mode
         self.model = model
 
@@ -215,7 +222,8 @@ class LitCausalLM(LightningModule):
         for batch in islice(batches, limit):
             batch = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, Tensor)}
             sums += torch.stack(supervised_loss(model, batch)).double()
-        loss, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        group = data_parallel_group(self.trainer)
+        loss, tokens = self.trainer.strategy.reduce(sums, group, reduce_op="sum").tolist()
         return loss / tokens if tokens else None
 
     def configure_optimizers(self) -> Any:
@@ -272,13 +280,15 @@ class LitCausalLM(LightningModule):
             return
         loss, tokens = sums
         if self._exact is not None:
-            self._exact.finish()
+            self._exact.finish(data_parallel_group(self.trainer))
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
         per_token = tokens.clamp(min=1).reciprocal().to(torch.float32)
         for gradient in gradients:
             gradient.mul_(per_token)
-        norm = total_norm(gradients)  # type: ignore[arg-type]
+        plugin = self.trainer.precision_plugin
+        layers = plugin.layers.values() if isinstance(plugin, FalqonPrecision) else ()
+        norm = total_norm(parameters, layers)
         if not torch.isfinite(norm):
             # Adam's moments would never recover, and with them the weights stand still for good.
             raise InputError(
@@ -375,7 +385,8 @@ class LitCausalLM(LightningModule):
         sums = self._sums.pop(stage, None)
         if sums is None:
             return None
-        loss, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum").unbind()
+        group = data_parallel_group(self.trainer)
+        loss, tokens = self.trainer.strategy.reduce(sums, group, reduce_op="sum").unbind()
         return loss, tokens
 
     def _log_mean(self, stage: Literal["val", "test"]) -> None:

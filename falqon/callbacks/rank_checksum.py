@@ -12,6 +12,7 @@ from torch import distributed as dist
 from typing_extensions import override
 
 from falqon.errors import InputError
+from falqon.parallel.layers import tensor_part
 from falqon.parallel.slices import is_cut
 from falqon.precision import FalqonPrecision
 
@@ -21,8 +22,8 @@ class RankChecksum(Callback):
 
     Every rank computes its codes and B anew from the same gradients, and nothing is sent round to
     correct it: a bit that flips in one device's memory would stay there, and in what is saved if
-    it is rank zero's. Checked are codes, scales, B, and the sums of B that rows are derived with, as far
-    as ranks hold copies of them; one integer of 8 bytes a tensor is exchanged.
+    it is rank zero's. Checked are codes, scales, B, and the sums of B that rows are derived with,
+    as far as ranks hold copies of them; one integer of 8 bytes a tensor is exchanged.
 
     Args:
         every_n_steps: optimizer steps between two looks; 0 for none.
@@ -85,9 +86,11 @@ class RankChecksum(Callback):
 def replicated(plugin: FalqonPrecision) -> Iterator[tuple[str, Tensor]]:
     """What every rank holds a copy of, by name."""
     for name, layer in plugin.layers.items():
+        cut = tensor_part(layer)
+        parted = () if cut is None else ("codes", "B") if cut.by_rows else ("codes",)
         for part in ("codes", "scale", "B"):
             tensor = getattr(layer, part)
-            if not is_cut(tensor):
+            if part not in parted and not is_cut(tensor):
                 yield f"{name}.{part}", tensor.detach()
     if plugin.proxy_update is not None:
         for name, state in plugin.proxy_update.states.items():

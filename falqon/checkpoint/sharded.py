@@ -125,9 +125,7 @@ def load_tensors(path: str | Path, into: dict[str, Tensor], alone: bool = False)
         CheckpointError: if a file is missing or damaged.
     """
     try:
-        dcp.load(
-            into, storage_reader=_Reader(path), planner=DefaultLoadPlanner(), no_dist=alone
-        )
+        dcp.load(into, storage_reader=_Reader(path), planner=DefaultLoadPlanner(), no_dist=alone)
     except (dcp.api.CheckpointException, OSError, RuntimeError, KeyError, ValueError) as error:
         text = str(error).strip().split("\n", maxsplit=1)[0][:200]
         raise CheckpointError(
@@ -143,9 +141,7 @@ def read_sharded(path: str | Path) -> dict[str, Any]:
         CheckpointError: if it is incomplete or damaged.
     """
     meta = read_meta(path)
-    tensors = {
-        key: torch.empty_like(t, device="cpu") for key, t in shapes(path).items()
-    }
+    tensors = {key: torch.empty_like(t, device="cpu") for key, t in shapes(path).items()}
     load_tensors(path, tensors, alone=True)
     checkpoint = {k: v for k, v in meta.items() if k != "optimizer_skeletons"}
     checkpoint["state_dict"] = {

@@ -76,9 +76,7 @@ class _ExactProxyGrad(ProxyGrad):
     def forward(self, grad: Tensor, adapter: Tensor) -> Tensor:
         gradient = super().forward(grad, adapter)
         if self.sums.device != gradient.device:
-            self.sums, self.invalid = (
-                t.to(gradient.device) for t in (self.sums, self.invalid)
-            )
+            self.sums, self.invalid = (t.to(gradient.device) for t in (self.sums, self.invalid))
         fits = gradient.abs() < _LARGEST  # NaN does not
         self.invalid += (~fits).sum()
         steps = torch.where(fits, gradient, 0.0).double() / _UNIT
@@ -146,7 +144,7 @@ def _set_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
     from falqon.parallel.slices import local_part
 
     local = local_part(gradient, parameter).contiguous()
-    parameter.grad = DTensor.from_local(  # type: ignore[assignment]
+    parameter.grad = DTensor.from_local(
         local,
         parameter.device_mesh,
         parameter.placements,

@@ -9,7 +9,8 @@ decide alike, and each rank keeps its rows of it.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ from falqon.linear import MeldedLinear
 from falqon.parallel.slices import bounds, is_cut, local_part
 
 
-class TensorPart(NamedTuple):
+@dataclass(frozen=True)
+class TensorPart:
     """Which part of a layer tensor parallelism left here; the layer's `tensor_part`.
 
     Attributes:
@@ -41,6 +43,16 @@ def tensor_part(layer: MeldedLinear) -> TensorPart | None:
     """How tensor parallelism cut a layer; None if it did not."""
     part: TensorPart | None = getattr(layer, "tensor_part", None)
     return part
+
+
+def whole_input(layer: MeldedLinear, x: Tensor) -> Tensor:
+    """A layer's input [..., in] with all its features, where tensor parallelism cut them up."""
+    part = tensor_part(layer)
+    if part is None or part.by_rows:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(part.count)]
+    dist.all_gather(parts, x.contiguous(), group=part.group)
+    return torch.cat(parts, dim=-1)
 
 
 def is_part(layer: MeldedLinear) -> bool:

@@ -22,8 +22,7 @@ from falqon.checkpoint import TEMPORARY_SUFFIX, AtomicCheckpointIO, CheckpointEr
 from falqon.checkpoint import sharded as files
 from falqon.checkpoint.io import read_checkpoint, remove_leftovers
 from falqon.errors import InputError
-from falqon.parallel.slices import local_part
-from falqon.parallel.wholes import part_of, whole_shape, whole_tensor
+from falqon.parallel.wholes import part_of, whole_tensor
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -127,6 +126,7 @@ class ShardedStrategy(ModelParallelStrategy):
         if self._save_distributed_checkpoint:
             return state
         names = self._names(optimizer)
+        state["state"] = {index: dict(entry) for index, entry in state["state"].items()}
         for index, entry in state["state"].items():
             for key, value in entry.items():
                 if isinstance(value, Tensor) and value.dim():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import nn
@@ -11,6 +13,7 @@ from torch.distributed.tensor import Shard
 
 from falqon.errors import InputError
 from falqon.meld import melded_layers
+from falqon.parallel.tensor import tensor_parallel
 
 
 def placement(parameter: nn.Parameter) -> Shard:
@@ -32,7 +35,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
         raise InputError(
             f"{type(model).__name__} has no list of layers to shard one by one; use ddp."
         )
-    return list(max(lists, key=len))
+    return list(max(lists, key=lambda blocks: len(blocks)))
 
 
 def check_divisible(model: nn.Module, count: int) -> None:
@@ -74,9 +77,11 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
         return
     check_divisible(model, mesh.size())
     # A scale is one number, and every rank needs it: cutting it up would leave all but one nothing.
-    device = torch.device(mesh.device_type, torch.cuda.current_device()) if (
-        mesh.device_type == "cuda"
-    ) else torch.device(mesh.device_type)
+    device = (
+        torch.device(mesh.device_type, torch.cuda.current_device())
+        if (mesh.device_type == "cuda")
+        else torch.device(mesh.device_type)
+    )
     scales = set()
     for layer in melded_layers(model).values():
         layer.scale.data = layer.scale.data.to(device)
@@ -91,7 +96,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
             ignored_params=scales,
         )
     # The last block is needed first in the backward pass: FSDP2 prefetches in the reverse order.
-    for block, following in zip(blocks, blocks[1:], strict=False):
+    for block, following in pairwise(blocks):
         assert isinstance(block, FSDPModule) and isinstance(following, FSDPModule)
         block.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([block])
@@ -116,4 +121,6 @@ def parallelize(model: nn.Module, strategy: Strategy) -> None:
     """
     assert isinstance(strategy, ModelParallelStrategy)
     mesh = strategy.device_mesh
-    shard(model, mesh["data_parallel"])
+    tensor_parallel(model, mesh["tensor_parallel"].get_group())
+    if mesh["data_parallel"].size() > 1:
+        shard(model, mesh["data_parallel"])

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from torch import Tensor
 from torch import distributed as dist
 
 from falqon.errors import InputError
@@ -78,35 +76,14 @@ def data_parallel_size(trainer: Trainer) -> int:
     return int((trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"])
 
 
+def data_parallel_group(trainer: Trainer) -> Any:
+    """The ranks that have different rows, to reduce over; None for all."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        return None
+    return strategy.device_mesh["data_parallel"].get_group()
+
+
 def in_many(group: Any = None) -> bool:
     """Whether there are other ranks to talk to."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
-
-
-@torch.no_grad()
-def total_norm(gradients: list[Tensor]) -> Tensor:
-    """Euclidean norm of gradients, float32 scalar on their device, the same for all shardings.
-
-    Squares are summed in float64 and over ranks, and the root is rounded to float32 at the end:
-    the order of summation, which depends on how a tensor is cut up, is below what that keeps, but
-    for sums within 1e-15 of the middle between two float32 numbers.
-
-    Args:
-        gradients: whole tensors, or DTensors that are cut up on one mesh.
-    """
-    if not gradients:
-        return torch.zeros(())
-    from torch.distributed.tensor import DTensor, Shard
-
-    whole = [g for g in gradients if not isinstance(g, DTensor)]
-    cut = [g for g in gradients if isinstance(g, DTensor)]
-    local = [g.to_local() for g in cut]
-    device = (whole or local)[0].device
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for tensors, group in ((whole, None), (local, cut[0].device_mesh.get_group() if cut else None)):
-        squares = [g.double().square().sum() for g in tensors if g.numel()]
-        part = torch.stack(squares).sum() if squares else torch.zeros_like(total)
-        if group is not None and any(isinstance(p, Shard) for p in cut[0].placements):
-            dist.all_reduce(part, group=group)
-        total += part
-    return total.sqrt().float()

@@ -21,8 +21,11 @@ def torchrun(ranks: int, *arguments: str | Path) -> subprocess.CompletedProcess[
     """Run a script in several processes."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        + [f"--nproc_per_node={ranks}", *map(str, arguments)],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            f"--nproc_per_node={ranks}",
+            *map(str, arguments),
+        ],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -45,7 +48,8 @@ class Jobs:
         return self.root / f"{name}-{self.ranks}"
 
     def add(self, name: str, config: dict[str, Any], *flags: str, **more: Any) -> None:
-        """Add a run; `into` names an earlier one whose directory it uses."""
+        """Add a run; `into` names an earlier one whose directory it uses, `answers` asks for
+        answers before and after."""
         config = copy.deepcopy(config)
         root = self.directory(more.pop("into", name))
         notes = self.root / f"notes-{name}-{self.ranks}"
@@ -54,6 +58,7 @@ class Jobs:
         trainer = config["trainer"]
         trainer |= {"default_root_dir": str(root), "devices": self.ranks}
         trainer.setdefault("strategy", "ddp")
+        config["report"]["sample_answer"] = more.pop("answers", False)
         path = self.root / f"{name}-{self.ranks}.yaml"
         path.write_text(yaml.safe_dump(config))
         self.jobs.append(

@@ -53,8 +53,9 @@ def test_resumed_on_other_devices(
         found = read_checkpoint(two.directory(name) / LAST)
         assert found["global_step"] == 5
         assert training_hash(found) == expected, name
-        assert found["optimizer_states"][0]["param_groups"] == (
-            straight["optimizer_states"][0]["param_groups"]
+        assert (
+            found["optimizer_states"][0]["param_groups"]
+            == (straight["optimizer_states"][0]["param_groups"])
         )
     parts = two.directory("ddp-parts")
     assert is_sharded(parts / LAST)

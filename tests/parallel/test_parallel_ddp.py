@@ -98,8 +98,18 @@ def test_three_ranks_accumulate_and_resume(jobs: Callable, tiny_run: Callable) -
 
 @pytest.mark.parametrize(
     "name",
-    ["fsdp", "fsdp_cpu_offload", "deepspeed_stage_2", "xla", "xla_fsdp", "ddp_spawn", "ddp_notebook"]
-    + [f"lightning.pytorch.strategies.{c}Strategy" for c in ("FSDP", "DeepSpeed", "XLA", "XLAFSDP")],
+    [
+        "fsdp",
+        "fsdp_cpu_offload",
+        "deepspeed_stage_2",
+        "xla",
+        "xla_fsdp",
+        "ddp_spawn",
+        "ddp_notebook",
+    ]
+    + [
+        f"lightning.pytorch.strategies.{c}Strategy" for c in ("FSDP", "DeepSpeed", "XLA", "XLAFSDP")
+    ],
 )
 def test_strategies_that_cannot_work(name: str) -> None:
     with pytest.raises(InputError, match=r"Use ddp .*ShardedStrategy"):

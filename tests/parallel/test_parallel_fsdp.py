@@ -22,8 +22,9 @@ def test_the_codes_of_ddp(jobs: Callable, tiny_run: Callable, tmp_path: Path) ->
         config["data"]["init_args"]["batch_size"] = 2
         for strategy in ("ddp", "fsdp2"):
             config["trainer"]["strategy"] = strategy
-            two.add(f"{name}-{strategy}", config, STEPS)
+            two.add(f"{name}-{strategy}", config, STEPS, answers=name == "flips")
     two.run()
+    assert "answer after" in two.output  # ranks that end early do not leave the others waiting
     for name in policies:
         ddp, fsdp = two.notes(f"{name}-ddp"), two.notes(f"{name}-fsdp2")
         assert len(set(ddp[0]["hashes"])) > 3
