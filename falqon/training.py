@@ -23,8 +23,10 @@ from falqon.callbacks.report import RunReport
 from falqon.callbacks.run_checkpoint import RunCheckpoint
 from falqon.callbacks.run_dir import restore_archived_run
 from falqon.callbacks.throughput import Throughput
-from falqon.checkpoint import SERVED, AtomicCheckpointIO, read_header
+from falqon.checkpoint import LAST, SERVED, AtomicCheckpointIO, read_header
+from falqon.checkpoint.sharded import recover
 from falqon.errors import InputError
+from falqon.parallel.lost import RankLost, explain, is_restarted, separate_attempts
 from falqon.parallel.strategies import refuse
 from falqon.precision import FalqonPrecision
 
@@ -89,11 +91,14 @@ class FalqonCLI(LightningCLI):
         """Check a checkpoint instead of letting its hyperparameters replace what was given."""
         config = self.config[self.config.subcommand]
         path = config.get("ckpt_path")
+        last = Path(config.trainer.default_root_dir) / LAST
+        recover(last)
+        if self.config.subcommand == "fit" and is_restarted() and last.exists():
+            path = "last"  # whatever it was started from: what it has saved since is newer
         if path is None:
             return
         if path == "last":
-            path = str(Path(config.trainer.default_root_dir) / "checkpoints" / "last.ckpt")
-            config.ckpt_path = path
+            config.ckpt_path = path = str(last)
         if not Path(path).exists() and "://" not in path:
             raise InputError(
                 f"ckpt_path {path} does not exist; give a .ckpt file, or leave ckpt_path out to "
@@ -138,7 +143,10 @@ class FalqonCLI(LightningCLI):
         root = Path(self.trainer.default_root_dir)
         try:
             super()._run_subcommand(subcommand)
-        except BaseException:
+        except BaseException as error:
+            lost = explain(error, str(root / LAST))
+            if lost is not None:
+                raise lost from error
             self._finish_wandb(exit_code=1)
             if self._archived is not None and not (root / "metrics.csv").exists():
                 restore_archived_run(root, self._archived)
@@ -202,7 +210,7 @@ class FalqonCLI(LightningCLI):
 
 
 def _holds_run(root: Path) -> bool:
-    return (root / "metrics.csv").is_file() or (root / "checkpoints" / "last.ckpt").exists()
+    return (root / "metrics.csv").is_file() or (root / LAST).exists()
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -222,6 +230,7 @@ def run(args: list[str] | None = None) -> FalqonCLI:
     Returns:
         The finished CLI, with its `trainer`, `model` and `datamodule`.
     """
+    separate_attempts()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     try:
         return FalqonCLI(
@@ -241,6 +250,10 @@ def run(args: list[str] | None = None) -> FalqonCLI:
             parser_kwargs={"parser_mode": "omegaconf+"},
             auto_configure_optimizers=False,
         )
+    except RankLost as error:
+        if error.is_first:
+            print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # the usual way out waits for the others
     except InputError as error:
         sys.exit(_fail(error))
 

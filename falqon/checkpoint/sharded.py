@@ -7,6 +7,7 @@ contents only the classes that describe tensors are let in.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import shutil
 from collections.abc import Mapping
@@ -217,4 +218,5 @@ def recover(target: Path) -> None:
     """Give a checkpoint its name back, if a process was killed between two renames."""
     old = target.with_name(f".{target.name}.old")
     if not target.exists() and old.exists():
-        old.rename(target)
+        with contextlib.suppress(OSError):  # another rank was faster
+            old.rename(target)

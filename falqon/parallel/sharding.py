@@ -30,12 +30,12 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     Raises:
         InputError: if the model has none.
     """
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
     if not lists:
         raise InputError(
             f"{type(model).__name__} has no list of layers to shard one by one; use ddp."
         )
-    return list(max(lists, key=lambda blocks: len(blocks)))
+    return max(lists, key=len)
 
 
 def check_divisible(model: nn.Module, count: int) -> None:

@@ -60,8 +60,8 @@ def prepare(strategy: Strategy) -> None:
         InputError: as `refuse` does.
     """
     refuse(type(strategy).__name__)
-    if isinstance(strategy, DDPStrategy):
-        strategy._ddp_kwargs.setdefault("broadcast_buffers", False)
+    if isinstance(strategy, DDPStrategy) and "broadcast_buffers" not in strategy._ddp_kwargs:
+        strategy._ddp_kwargs.setdefault("forward_sync_buffers", False)
 
 
 def is_sharding(strategy: Strategy) -> bool:

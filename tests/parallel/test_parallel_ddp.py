@@ -124,10 +124,10 @@ def test_strategies_that_work(name: str) -> None:
 def test_ddp_sends_no_buffers_unless_told_to() -> None:
     strategy = DDPStrategy()
     prepare(strategy)
-    assert strategy._ddp_kwargs["broadcast_buffers"] is False
-    told = DDPStrategy(broadcast_buffers=True)
+    assert strategy._ddp_kwargs["forward_sync_buffers"] is False
+    told = DDPStrategy(forward_sync_buffers=True)
     prepare(told)
-    assert told._ddp_kwargs["broadcast_buffers"] is True
+    assert told._ddp_kwargs["forward_sync_buffers"] is True
 
 
 def test_checksum_sees_bits_and_places() -> None:
