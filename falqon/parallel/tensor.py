@@ -26,8 +26,8 @@ from falqon.linear import MeldedLinear
 from falqon.meld import melded_layers
 from falqon.parallel.layers import TensorPart
 
-_BY_ROWS = (*ATTENTION_GROUP, *MLP_GROUP)
-_BY_COLUMNS = ("o_proj", "down_proj")
+BY_ROWS = (*ATTENTION_GROUP, *MLP_GROUP)
+BY_COLUMNS = ("o_proj", "down_proj")
 
 
 class _GroupQuantize(Quantize):
@@ -123,13 +123,13 @@ def check(model: nn.Module, count: int) -> None:
     """
     for name, layer in melded_layers(model).items():
         kind = name.rpartition(".")[2]
-        if kind not in _BY_ROWS + _BY_COLUMNS:
+        if kind not in BY_ROWS + BY_COLUMNS:
             raise InputError(
-                f"tensor parallelism knows {', '.join(_BY_ROWS + _BY_COLUMNS)}, and {name} is "
+                f"tensor parallelism knows {', '.join(BY_ROWS + BY_COLUMNS)}, and {name} is "
                 "none of them: exclude it, or use tensor_parallel_size 1."
             )
-        size = layer.out_features if kind in _BY_ROWS else layer.in_features
-        what = "output" if kind in _BY_ROWS else "input"
+        size = layer.out_features if kind in BY_ROWS else layer.in_features
+        what = "output" if kind in BY_ROWS else "input"
         if size % count:
             raise InputError(
                 f"{name} has {size} {what} features, which tensor_parallel_size {count} does not "
@@ -167,7 +167,7 @@ def tensor_parallel(model: nn.Module, group: Any) -> None:
         return
     check(model, count)
     for name, layer in layers.items():
-        if name.rpartition(".")[2] in _BY_ROWS:
+        if name.rpartition(".")[2] in BY_ROWS:
             _by_rows(layer, TensorPart(True, group, index, count))
         else:
             _by_columns(layer, TensorPart(False, group, index, count))
