@@ -171,9 +171,9 @@ def count(size: str, setting: Setting, rank: int, tokens: int, every: int) -> Ro
     activations = tokens * (len(blocks) * enters + saved / setting.tensor) + logits
     largest = max(m.in_features for m in layers.values())
     flush = largest**2 * (4 + 3 * 8)  # the moments; in float64 twice factored and once inverted
-    row = Row(codes / cut, b * (4 + _ADAM) / (4 * cut), other / cut, gathered, activations, flush, 0)
-    wire = wire_bytes(setting, codes, b, other, len(blocks), shape["hidden_size"], rank, tokens, every)
-    return Row(**(vars(row) | {"wire": wire}))
+    hidden, trained = shape["hidden_size"], b * (4 + _ADAM) / 4
+    wire = wire_bytes(setting, codes, b, other, len(blocks), hidden, rank, tokens, every)
+    return Row(codes / cut, trained / cut, other / cut, gathered, activations, flush, wire)
 
 
 def wire_bytes(
@@ -214,9 +214,9 @@ def table(args: argparse.Namespace) -> list[str]:
         Setting("fsdp2 x tp", 4, 2),
     ]
     lines = [
-        f"r = {args.rank}, {args.tokens} tokens in a device's batch (a tensor-parallel group shares "
-        f"one), gradient checkpointing, AdamW, rows written every {args.every} steps. GiB; sent: "
-        "MiB that one device sends in a step.",
+        f"r = {args.rank}, {args.tokens} tokens in a device's batch (a tensor-parallel group "
+        f"shares one), gradient checkpointing, AdamW, rows written every {args.every} steps. GiB; "
+        "sent: MiB that one device sends in a step.",
         "",
         "| model | strategy | devices | codes | B, gradient, moments | other weights | gathered "
         "| activations | sum | at the end: compensated flush | sent |",

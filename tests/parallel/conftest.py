@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+pytest.register_assert_rewrite("cases_checkpoints", "cases_ddp", "cases_fsdp", "cases_tensor")
 ROOT = Path(__file__).parents[2]
 
 
@@ -50,6 +51,7 @@ class Jobs:
     def add(self, name: str, config: dict[str, Any], *flags: str, **more: Any) -> None:
         """Add a run; `into` names an earlier one whose directory it uses, `answers` asks for
         answers before and after."""
+        assert all(job["name"] != name for job in self.jobs)
         config = copy.deepcopy(config)
         root = self.directory(more.pop("into", name))
         notes = self.root / f"notes-{name}-{self.ranks}"

@@ -88,6 +88,8 @@ def go(job: dict[str, Any]) -> None:
         cli = run(["fit", "--config", job["config"], *job.get("flags", [])])
         held = {n: whole(p) for n, p in cli.model.named_parameters()}
         note["hash"] = hash_tensors(held)
+        bar = cli.trainer.progress_bar_callback
+        note["progress_bar"] = bar is not None and bar.is_enabled
         note["bytes_held"] = sum(
             (p.to_local() if isinstance(p, DTensor) else p).nbytes for p in cli.model.parameters()
         )
