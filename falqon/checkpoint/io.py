@@ -28,7 +28,13 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from falqon.checkpoint.errors import CheckpointError
-from falqon.checkpoint.sharded import is_sharded, read_meta, read_sharded, recover
+from falqon.checkpoint.sharded import (
+    is_sharded,
+    read_meta,
+    read_sharded,
+    recover,
+    replace_directory,
+)
 
 # In a run's directory: the state to resume from, and the weights with everything pending written.
 LAST = Path("checkpoints") / "last.ckpt"
@@ -190,7 +196,10 @@ def _replacing(target: Path) -> Iterator[_WatchedFile]:
                 os.fsync(file.fileno())
             finally:
                 written = os.fstat(file.fileno()).st_size
-        os.replace(temporary, target)
+        if is_sharded(target):  # a file cannot take a directory's place in one step
+            replace_directory(temporary, target)
+        else:
+            os.replace(temporary, target)
         _sync_directory(target.parent)
     except (OSError, RuntimeError) as error:
         if watched is not None and watched.error is not None:

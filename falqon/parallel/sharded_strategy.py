@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import shutil
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -149,8 +148,6 @@ class ShardedStrategy(ModelParallelStrategy):
         path = Path(self.broadcast(str(filepath)))
         if not self._save_distributed_checkpoint:
             if self.is_global_zero:
-                if path.is_dir():
-                    shutil.rmtree(path)
                 AtomicCheckpointIO().save_checkpoint(checkpoint, path)
             return
         token: str = self.broadcast(secrets.token_hex(4))

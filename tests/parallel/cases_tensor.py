@@ -35,7 +35,8 @@ def add(two: Any, tiny_run: Callable) -> dict[str, dict]:
     for name, config in cases.items():
         config["trainer"] |= {"max_steps": 4, "gradient_clip_val": 0.3, "strategy": TENSOR}
         # The one to be resumed stops between two writes, with something pending.
-        two.add(name, config, *(["--trainer.max_steps=3"] if name == "fp8" else []))
+        steps = ["--trainer.max_steps=3"] if name == "fp8" else []
+        two.add(name, config, "--rank_checksum.every_n_steps=1", *steps)
     two.add("resumed", cases["fp8"], f"--ckpt_path={two.directory('fp8') / LAST}")
     return cases
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from falqon.checkpoint import AtomicCheckpointIO, read_checkpoint
 from falqon.checkpoint.sharded import recover, replace_directory
 
 
@@ -28,3 +29,12 @@ def test_a_directory_is_replaced_when_the_new_one_is_there(tmp_path: Path) -> No
     new.mkdir()
     replace_directory(new, target)
     assert target.is_dir()
+
+
+def test_a_file_takes_the_place_of_a_directory(tmp_path: Path) -> None:
+    target = tmp_path / "last.ckpt"
+    target.mkdir()
+    (target / ".metadata").write_text("")
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, target)
+    assert read_checkpoint(target) == {"state_dict": {}}
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]

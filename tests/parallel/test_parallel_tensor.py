@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from falqon.parallel.tensor import check
 from falqon.recipe import MeldRecipe, fp8_recipe
 
 
+@pytest.mark.skipif((os.cpu_count() or 1) < 4, reason="four processes need four cores")
 def test_fsdp2_and_tensor_parallelism_at_once(
     jobs: Callable, tiny_run: Callable, cli: Callable, tmp_path: Path
 ) -> None:
