@@ -4,6 +4,7 @@ from falqon.delta.load import load_delta, unload_delta
 from falqon.errors import InputError
 from falqon.linear import MeldedLinear
 from falqon.meld import MeldReport, meld, meld_linear, melded_layers
+from falqon.parallel.sharded_strategy import ShardedStrategy
 from falqon.precision import FalqonPrecision
 from falqon.proxy import ProxyUpdate, UpdateStatistics
 from falqon.recipe import (
@@ -27,6 +28,7 @@ __all__ = [
     "MeldReport",
     "MeldedLinear",
     "ProxyUpdate",
+    "ShardedStrategy",
     "UpdateRecipe",
     "UpdateStatistics",
     "__version__",

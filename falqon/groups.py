@@ -7,7 +7,9 @@ it but speed: where the codes lie is looked at whenever they are used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +113,19 @@ def _is_fusible(norm: nn.Module, x: Tensor) -> bool:
     return weight.dtype == x.dtype and not weight.requires_grad and not has_hooks(norm)
 
 
+_TIES = ContextVar("ties", default=True)
+
+
+@contextmanager
+def untied() -> Iterator[None]:
+    """Within it codes stay where they are: what is going to be cut up need not be laid together."""
+    token = _TIES.set(False)
+    try:
+        yield
+    finally:
+        _TIES.reset(token)
+
+
 @torch.no_grad()
 def tie(layers: Sequence[nn.Module]) -> bool:
     """Lay the codes of a group's layers one behind the other, in one piece of memory.
@@ -127,7 +142,7 @@ def tie(layers: Sequence[nn.Module]) -> bool:
     """
     codes = [layer.codes for layer in layers if isinstance(layer, MeldedLinear)]
     plain = all(type(c) is nn.Parameter and type(c.data) is Tensor for c in codes)
-    if len(codes) != len(layers) or not plain or codes[0].is_meta:
+    if len(codes) != len(layers) or not plain or codes[0].is_meta or not _TIES.get():
         return False
     if len({(c.device, c.dtype) for c in codes}) > 1:
         return False

@@ -236,6 +236,7 @@ def meld(
     device: torch.device | str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     keep: Callable[[str, Tensor], None] | None = None,
+    store: torch.device | str | None = None,
 ) -> MeldReport:
     """Meld the linear layers of a model in place, one at a time.
 
@@ -250,6 +251,7 @@ def meld(
         device: where to compute and to put melded layers; each layer's own if None.
         progress: called with the layer's name, its number from 1, and how many there are.
         keep: called with the layer's name and its original weight [out, in], before it is dropped.
+        store: where melded layers are put in the end; where they were computed if None.
 
     Returns:
         What was converted, and what was not and why.
@@ -266,6 +268,8 @@ def meld(
     for number, name in enumerate(targets, 1):
         linear = _linear(model, name)
         melded, captured = meld_linear(linear, fp8, recipe, name=name, device=device)
+        if store is not None:
+            melded = melded.to(store)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, melded)
         if keep is not None:

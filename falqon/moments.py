@@ -12,6 +12,7 @@ from torch import distributed as dist
 from torch.utils.hooks import RemovableHandle
 
 from falqon.linear import MeldedLinear
+from falqon.parallel.layers import ShardedLayer, whole_input
 
 
 class InputMoments:
@@ -65,6 +66,7 @@ class InputMoments:
         if self._owner[name] != name:
             return
         self._last = (x, name)
+        x = whole_input(self.layers[name], x)
         rows = torch.nn.functional.normalize(x.detach().reshape(-1, x.shape[-1]).float(), eps=1e-30)
         rows = torch.where(torch.isfinite(rows).all(dim=1, keepdim=True), rows, 0.0)
         if name not in self._moments:
@@ -85,5 +87,6 @@ class InputMoments:
         """Second moment of a layer's inputs, float32 [in, in]; zero if it never ran."""
         layer = self.layers[name]
         if self.owner(name) not in self._moments:
-            return torch.zeros(layer.in_features, layer.in_features, device=layer.codes.device)
+            size = ShardedLayer(layer).in_features
+            return torch.zeros(size, size, device=layer.codes.device)
         return self._moments[self.owner(name)]

@@ -23,6 +23,7 @@ from falqon.errors import InputError
 from falqon.kernels import devices
 from falqon.linear import MeldedLinear
 from falqon.meld import MeldReport, meld, melded_layers, targets
+from falqon.parallel.layers import ShardedLayer, is_part
 from falqon.premeld.directory import MeldedDirectory
 from falqon.proxy import ProxyUpdate
 from falqon.recipe import (
@@ -156,6 +157,7 @@ class FalqonPrecision(Precision):
         device: torch.device | str | None = None,
         progress: Callable[[str, int, int], None] | None = None,
         premelded: MeldedDirectory | None = None,
+        store: torch.device | str | None = None,
     ) -> nn.Module:
         """`convert_module` with a place for the melded layers and a progress callback.
 
@@ -167,6 +169,7 @@ class FalqonPrecision(Precision):
             device: where to meld each layer; the layer's own device if None.
             progress: see `falqon.meld.meld`.
             premelded: the directory that the module's melded layers come from.
+            store: where to put melded layers in the end; where they were computed if None.
 
         Raises:
             InputError: for a device that the kernels cannot run on, a directory that was melded
@@ -191,6 +194,7 @@ class FalqonPrecision(Precision):
             device=device,
             progress=progress,
             keep=keep if self.update.written == "weights" else None,
+            store=store,
         )
         if premelded is not None:
             report = replace(
@@ -221,6 +225,20 @@ class FalqonPrecision(Precision):
                 layer.backbone_matmul.keep_transposed = self.keep_transposed
         return module
 
+    def shard(self) -> None:
+        """Go on with layers that are cut up over ranks by now; call it right after that is done.
+
+        Raises:
+            InputError: for an update policy that needs whole rows.
+        """
+        update = self.proxy_update
+        if update is None or update.is_sharded or not any(map(is_part, self.layers.values())):
+            return
+        self._hash_originals()  # while they are whole
+        update.shard({name: ShardedLayer(layer) for name, layer in self.layers.items()})
+        if self.scaling is not None:
+            self.scaling.move(next(iter(self.layers.values())).scale)
+
     @override
     def connect(
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
@@ -231,6 +249,7 @@ class FalqonPrecision(Precision):
             InputError: if a proxy buffer is in no optimizer, for a device that the kernels cannot
                 run on, or for transposed copies of sharded codes.
         """
+        self.shard()
         for name, layer in self.layers.items():
             devices.check(layer.codes.device)
             if self.keep_transposed and isinstance(layer.codes, DTensor):

@@ -25,6 +25,8 @@ from falqon.kernels.operands import are_consecutive
 from falqon.kernels.row_update import LARGEST
 from falqon.linear import MeldedLinear
 from falqon.moments import InputMoments
+from falqon.parallel.layers import ShardedLayer
+from falqon.parallel.writes import add_up, part_write
 from falqon.recipe import UpdateRecipe
 from falqon.rows import RowState, select_rows
 
@@ -61,13 +63,17 @@ class _Write(NamedTuple):
     Attributes:
         layer, state: what they are of.
         held: bool [k], rows with something to write.
-        write: for the kernel.
+        rows: int64 [k], or None for all.
+        write: for the kernel: of a layer that is cut up, what this rank holds of these rows.
+        written: of a layer that is cut up, how many rows all ranks write, int64.
     """
 
-    layer: MeldedLinear
+    layer: MeldedLinear | ShardedLayer
     state: RowState
     held: Tensor
+    rows: Tensor | None
     write: RowWrite
+    written: Tensor | None = None
 
 
 class ProxyUpdate:
@@ -117,11 +123,31 @@ class ProxyUpdate:
         for layer in layers.values():
             layer.live = recipe.live
         self._checked = False
+        self.is_sharded = False
         self._is_closed = False  # nothing was trained since the last flush
         self._counts: list[Tensor] = []
         # Squared norms and products of wanted and landed change since the start, [layers].
         self._landed = torch.zeros(len(layers), dtype=torch.float64, device="cpu")
         self._wanted = torch.zeros(len(layers), dtype=torch.float64, device="cpu")
+
+    def shard(self, views: Mapping[str, ShardedLayer]) -> None:
+        """Go on with layers that were cut up over ranks.
+
+        Args:
+            views: of all layers, by name.
+
+        Raises:
+            InputError: for a policy that needs whole rows.
+        """
+        if views and self.recipe.written == "project":
+            raise InputError(
+                "the update policy projects what rounding left of a row onto A (written: project, "
+                "the preset 'feedback'), which takes whole rows, and the codes are sharded: use "
+                "another policy, or a strategy that does not shard (ddp)."
+            )
+        for name, view in views.items():
+            self.states[name].shard(view)
+        self.is_sharded = bool(views)
 
     @torch.inference_mode(False)  # what is made here lives on; an inference tensor could not
     @torch.no_grad()
@@ -143,14 +169,16 @@ class ProxyUpdate:
         written: list[int] = []
 
         def writes() -> Iterator[_Write]:
-            for index, (name, layer) in enumerate(self.layers.items()):
-                if only is not None and id(layer.B) not in only:
+            for index, (name, melded) in enumerate(self.layers.items()):
+                if only is not None and id(melded.B) not in only:
                     continue
                 state = self.states[name]
                 state.steps += 1
                 if state.steps % self.recipe.every:
                     continue
                 state.follow()
+                state.open()
+                layer = state.layer
                 _drop_diverged(layer)
                 rows, change = self._select(layer, state)
                 write = self._prepare(layer, state, rows, change, index, project)
@@ -181,23 +209,27 @@ class ProxyUpdate:
         """
         self._check()
         compensated = self._compensates
-        for layer in self.layers.values():
-            _drop_diverged(layer)
+        for state in self.states.values():  # before the model is run with them
+            state.open()
+            _drop_diverged(state.layer)
+            state.close()
         counts: list[RowUpdateCounts] = []
         for group in self._groups() if compensated else [list(self.layers)]:
             moments = self._measure(group, calibrate) if compensated else None
             counts += self._write(self._flush_writes(group, len(counts), moments), number)
             del moments  # before the next group's are made
         self._is_closed = True
-        self._collect(counts, [], list(range(len(counts))))
+        self._collect(counts, [], list(range(len(counts))), partial=not compensated)
 
     def _flush_writes(
         self, group: list[str], first: int, moments: InputMoments | None
     ) -> Iterator[_Write]:
         prepared: dict[str, Compensation] = {}
         for index, name in enumerate(group, first):
-            layer, state = self.layers[name], self.states[name]
+            state = self.states[name]
+            layer = state.layer
             state.follow()
+            state.open()
             given = None
             if moments is not None:
                 owner = moments.owner(name)
@@ -210,8 +242,8 @@ class ProxyUpdate:
         """Layers in their order, by how many second moments may be in memory at once."""
         group: list[str] = []
         held = 0
-        for name, layer in self.layers.items():
-            size = 4 * layer.in_features**2
+        for name in self.layers:
+            size = 4 * self.states[name].layer.in_features ** 2
             if group and held + size > self.recipe.calibration_memory:
                 yield group
                 group, held = [], 0
@@ -238,6 +270,8 @@ class ProxyUpdate:
         is_open = self._compensates and not self._is_closed
         if is_open and any(state.steps for state in self.states.values()):
             return True
+        if self.is_sharded:
+            return any(bool(state.layer.pending().any()) for state in self.states.values())
         return any(bool(layer.B.any()) for layer in self.layers.values())
 
     def _check(self) -> None:
@@ -252,7 +286,9 @@ class ProxyUpdate:
             )
         self._checked = True
 
-    def _clear(self, layer: MeldedLinear, state: RowState, rows: Tensor | None) -> Tensor:
+    def _clear(
+        self, layer: MeldedLinear | ShardedLayer, state: RowState, rows: Tensor | None
+    ) -> Tensor:
         """Clear the rows that were not selected; squared norm of what is lost, float64."""
         if rows is None:
             return torch.zeros((), dtype=torch.float64, device=layer.B.device)
@@ -262,7 +298,9 @@ class ProxyUpdate:
         layer.B[rows] = kept
         return lost
 
-    def _select(self, layer: MeldedLinear, state: RowState) -> tuple[Tensor | None, Tensor]:
+    def _select(
+        self, layer: MeldedLinear | ShardedLayer, state: RowState
+    ) -> tuple[Tensor | None, Tensor]:
         """Rows to write, int64 [k] or None for all, and their pending change as a B [k, r]."""
         recipe, out = self.recipe, layer.out_features
         count = recipe.rows_of(out, layer.rank)
@@ -290,7 +328,7 @@ class ProxyUpdate:
 
     def _prepare(
         self,
-        layer: MeldedLinear,
+        layer: MeldedLinear | ShardedLayer,
         state: RowState,
         rows: Tensor | None,
         change: Tensor,
@@ -300,21 +338,28 @@ class ProxyUpdate:
     ) -> _Write:
         """What to write (rows None: all), with the sum of changes updated where there is one."""
         held = (change != 0).any(dim=1)  # NaN counts as a change: it must leave B
-        origin = None
+        total = None
+        on_host = slice(None) if rows is None else rows.cpu()
         if state.original is not None and state.applied is not None:
-            on_host = slice(None) if rows is None else rows.cpu()
             # What would overflow in B A is not written, and must not stay in the sum for good.
             usable = (change.abs().sum(dim=1, keepdim=True) < LARGEST).expand_as(change)
             change = torch.where(usable, change, torch.nan)
             total = state.applied[on_host] + torch.where(usable, change, 0.0).cpu()
             state.applied[on_host] = total
+        if isinstance(layer, ShardedLayer):
+            part, written = part_write(
+                layer, state.original, rows, change, index, total, compensation
+            )
+            return _Write(layer, state, held, rows, part, written)
+        origin = None
+        if state.original is not None and total is not None:
             device = change.device
             origin = Origin(state.original[on_host].to(device), total.to(device))
         inverse = state.gram_inverse if project else None
         write = RowWrite(
             layer.codes, layer.scale, rows, change, index, origin, inverse, compensation
         )
-        return _Write(layer, state, held, write)
+        return _Write(layer, state, held, rows, write)
 
     def _write(self, writes: Iterable[_Write], number: int) -> list[RowUpdateCounts]:
         """Write rows; those whose change is zero stay as they are, in B as well.
@@ -334,27 +379,45 @@ class ProxyUpdate:
 
     def _write_batch(self, batch: list[_Write], number: int) -> list[RowUpdateCounts]:
         results = self.row_update([w.write for w in batch], self.recipe.seed, number)
-        for (layer, state, held, write), (_, kept) in zip(batch, results, strict=True):
-            where = slice(None) if write.rows is None else write.rows
-            left = torch.zeros_like(write.proxy) if kept is None else kept / layer.lora_scaling
+        counts = [
+            c if w.written is None else c._replace(written=w.written)
+            for w, (c, _) in zip(batch, results, strict=True)
+        ]
+        for (layer, state, held, rows, write, _), (_, kept) in zip(batch, results, strict=True):
+            where = slice(None) if rows is None else rows
+            left = layer.B.new_zeros(len(held), layer.rank)
+            if kept is not None:
+                left = kept / layer.lora_scaling
+            if isinstance(layer, ShardedLayer) and write.compensation is not None:
+                layer.keep(write.codes)
             layer.B[where] = torch.where(held[:, None], left, layer.B[where])
             state.last_written[where] = torch.where(
                 held, state.steps - 1, state.last_written[where]
             )
             # A compensation writes rows that nothing is pending for, too.
             state.touched[where] |= held | (write.compensation is not None)
-            state.wrote(write.rows)
-        return [counts for counts, _ in results]
+            state.wrote(rows)
+            state.close()
+        return counts
 
     def _collect(
-        self, counts: list[RowUpdateCounts], lost: list[Tensor], written: list[int]
+        self,
+        counts: list[RowUpdateCounts],
+        lost: list[Tensor],
+        written: list[int],
+        partial: bool = True,
     ) -> None:
+        """Add up what was written; `partial`: where layers are cut up, by this rank."""
         if not counts:
             return
         columns = [
             torch.stack([value.double() for value in column])
             for column in zip(*counts, strict=True)
         ]
+        if self.is_sharded and partial:
+            first = next(iter(self.states.values())).layer
+            assert isinstance(first, ShardedLayer)
+            columns[1:] = add_up(first, columns[1:])
         lost_by_layer = torch.stack(lost) if lost else torch.zeros_like(columns[-1])
         self._counts = [*(column.sum() for column in columns), lost_by_layer.sum()]
         if self._landed.device != columns[0].device:
@@ -368,8 +431,8 @@ class ProxyUpdate:
         if not any(state.steps for state in self.states.values()) and not self._counts:
             return None
         pending = []
-        for name, layer in self.layers.items():
-            state, change = self.states[name], layer.pending()
+        for state in self.states.values():
+            change = state.layer.pending()
             waiting = (change != 0).any(dim=1)
             state.follow()
             age = (state.steps - 1 - state.last_written) * waiting
@@ -379,7 +442,8 @@ class ProxyUpdate:
         sums = torch.cat([counts, torch.stack(pending).sum(dim=0)]).tolist()
         written, written_codes, flipped, saturated, projection, wanted, lost, *sums = sums
         squared, age, waiting = sums
-        codes = sum(layer.out_features * layer.in_features for layer in self.layers.values())
+        whole = [state.layer for state in self.states.values()]
+        codes = sum(layer.out_features * layer.in_features for layer in whole)
         return UpdateStatistics(
             rows_written=int(written),
             codes_flipped=int(flipped),
@@ -436,7 +500,7 @@ class ProxyUpdate:
         return {n: s.original for n, s in self.states.items() if s.original is not None}
 
 
-def _drop_diverged(layer: MeldedLinear) -> None:
+def _drop_diverged(layer: MeldedLinear | ShardedLayer) -> None:
     """Clear rows of B that are not finite: they cannot be written, and would act for good."""
     finite = torch.isfinite(layer.B.sum(dim=1, keepdim=True))
     layer.B.copy_(torch.where(finite, layer.B, 0.0))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from falqon.fp8 import E4M3, encode
 from falqon.linear import MeldedLinear
+from falqon.parallel.layers import ShardedLayer
 from falqon.recipe import UpdateRecipe
 
 
@@ -39,11 +40,13 @@ class RowState:
     """What the update keeps about the rows of one layer beside its parameters.
 
     Attributes:
+        layer: the layer, or what this rank sees of it.
         steps: optimizer steps that this layer has seen.
         last_written: int32 [out] on the layer's device: the value of `steps` when a row was last
             written, -1 if it never was.
         touched: bool [out] on the layer's device: rows whose codes may not be those of the start.
-        original: what rows are derived from, in host memory: uint8 or floating [out, in], or None.
+        original: what rows are derived from, in host memory: uint8 or floating [out, in] (this
+            rank's part of it), or None.
         applied: float32 [out, r] in host memory: all of B that has been written so far, or None.
     """
 
@@ -51,8 +54,9 @@ class RowState:
         self, layer: MeldedLinear, recipe: UpdateRecipe, weight: Tensor | None, pin: bool = True
     ) -> None:
         out = layer.out_features
-        self.layer = layer
+        self.layer: MeldedLinear | ShardedLayer = layer
         self.steps = 0
+        self.is_mapped = not pin
         self.last_written = torch.full((out,), -1, dtype=torch.int32, device="cpu")
         self.touched = torch.zeros(out, dtype=torch.bool, device="cpu")
         self.original: Tensor | None = None
@@ -73,6 +77,27 @@ class RowState:
         self._gram_inverse: Tensor | None = None
         self._binades: Tensor | None = None
 
+    def shard(self, view: ShardedLayer) -> None:
+        """Go on with a layer that was cut up, and with that part of what its rows come from."""
+        if isinstance(self.layer, ShardedLayer):
+            return
+        self.layer = view
+        if self.original is not None:
+            part = view.part_of(self.original)
+            # A map of a file stays one: what is not read of it takes no memory.
+            self.original = part if self.is_mapped else part.clone()
+        self.forget()
+
+    def open(self) -> None:
+        """Before anything looks at B: gather it where it is cut up."""
+        if isinstance(self.layer, ShardedLayer):
+            self.layer.open()
+
+    def close(self) -> None:
+        """After B was written to."""
+        if isinstance(self.layer, ShardedLayer):
+            self.layer.close()
+
     def follow(self) -> None:
         """Move to the device that the layer has moved to."""
         device = self.layer.codes.device
@@ -89,13 +114,19 @@ class RowState:
         """The codes are those of the originals, or it is recorded how they came to be others."""
         if self.original is None or self.applied is None or bool(self.applied.any()):
             return True
-        codes = self.layer.codes.detach()[: self.layer.out_features].cpu()
+        codes = self.backbone.cpu()
         if self.original.dtype == codes.dtype:
             return torch.equal(self.original, codes)
         if codes.dtype != torch.uint8:
             return torch.equal(self.original.to(codes.dtype), codes)
         scale = self.layer.scale.detach().cpu()
         return torch.equal(encode(self.original.float() * scale, E4M3, overwrite=True), codes)
+
+    @property
+    def backbone(self) -> Tensor:
+        """The codes without those of A, as far as they are here."""
+        codes = self.layer.codes.detach()
+        return codes[: len(codes) - self.layer.rank]
 
     @property
     def gram(self) -> Tensor:
@@ -127,7 +158,7 @@ class RowState:
         min(1, |d| / u), on average `erfc(x) + (1 - exp(-x^2)) / (x sqrt(pi))`, x = u / (sd sqrt 2).
         """
         if self._binades is None:
-            self._binades = binades(self.layer.codes[: self.layer.out_features])
+            self._binades = self._count_binades()
         layer = self.layer
         deviation = (self.squares(pending).clamp(min=0) / layer.in_features).sqrt()
         steps = _STEPS.to(deviation.device) / layer.scale.detach()
@@ -140,26 +171,35 @@ class RowState:
         """Look again at rows whose codes may have changed."""
         if self._binades is None:
             return
-        codes = self.layer.codes[: self.layer.out_features]
-        if rows is None:
+        if rows is None or isinstance(self.layer, ShardedLayer):
             self._binades = None
         else:
-            self._binades[rows] = binades(codes[rows])
+            self._binades[rows] = binades(self.backbone[rows])
+
+    def _count_binades(self) -> Tensor:
+        layer = self.layer
+        if not isinstance(layer, ShardedLayer):
+            return binades(self.backbone)
+        counts = torch.zeros(layer.out_features, 16, device=layer.codes.device)
+        counts[slice(*layer.rows)] = binades(self.backbone, share=False)
+        layer.sum(counts)  # whole numbers: exact
+        return counts / layer.in_features
 
 
 _STEPS = torch.tensor([2.0 ** (max(exponent, 1) - 10) for exponent in range(16)], device="cpu")
 """Distance of neighbouring E4M3 values by exponent field, in units of codes."""
 
 
-def binades(codes: Tensor) -> Tensor:
+def binades(codes: Tensor, share: bool = True) -> Tensor:
     """Share of each row's codes by exponent field, which tells the distance to the next code.
 
     Args:
         codes: uint8 [k, in].
+        share: of the row's codes; else their number.
 
     Returns:
         float32 [k, 16].
     """
     exponent = (codes >> 3) & 15
     counts = torch.stack([(exponent == field).sum(dim=1) for field in range(16)], dim=1)
-    return counts / codes.shape[1]
+    return counts / codes.shape[1] if share else counts.float()

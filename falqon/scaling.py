@@ -36,6 +36,10 @@ class DelayedScaling:
         self.history: Tensor | None = None  # [quantisers, steps], oldest first; 0: not seen
         self.overflowed: Tensor | None = None  # values beyond a stale scale so far, this rank
 
+    def move(self, like: Tensor) -> None:
+        """Work on the device of another tensor from now on."""
+        self._like = like
+
     @torch.no_grad()
     def advance(self) -> None:
         """Take in what was seen since the last call and set the next scales."""

@@ -19,14 +19,18 @@ from typing_extensions import override
 from falqon.callbacks import MetricsCSV, WandbSettings, archive_previous_run, make_wandb_logger
 from falqon.callbacks.predictions import PredictionFile
 from falqon.callbacks.proxy_monitor import ProxyMonitor
+from falqon.callbacks.rank_checksum import RankChecksum
 from falqon.callbacks.report import RunReport
 from falqon.callbacks.run_checkpoint import RunCheckpoint
 from falqon.callbacks.run_dir import TEST_FILE, restore_archived_run
 from falqon.callbacks.task_evaluation import TaskEvaluation
 from falqon.callbacks.throughput import Throughput
-from falqon.checkpoint import SERVED, AtomicCheckpointIO, read_checkpoint
+from falqon.checkpoint import LAST, SERVED, AtomicCheckpointIO, read_header
+from falqon.checkpoint.sharded import recover
 from falqon.errors import InputError
 from falqon.files import write_text
+from falqon.parallel.lost import RankLost, explain, is_restarted, separate_attempts
+from falqon.parallel.strategies import refuse
 from falqon.precision import FalqonPrecision
 
 
@@ -58,7 +62,8 @@ class FalqonCLI(LightningCLI):
     """LightningCLI with the run's files, loggers and report.
 
     Beside `trainer`, `model` and `data` a configuration has `checkpoint` (`RunCheckpoint`),
-    `report` (`RunReport`), `evaluation` (`TaskEvaluation`) and `wandb` (`WandbSettings`).
+    `report` (`RunReport`), `evaluation` (`TaskEvaluation`), `rank_checksum` (`RankChecksum`) and
+    `wandb` (`WandbSettings`).
     Interpolation (`${seed_everything}`) is resolved once, after all files and flags.
     """
 
@@ -67,6 +72,7 @@ class FalqonCLI(LightningCLI):
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RunReport, "report")
         parser.add_lightning_class_args(TaskEvaluation, "evaluation")
+        parser.add_lightning_class_args(RankChecksum, "rank_checksum")
         parser.add_class_arguments(WandbSettings, "wandb")
         for source, target in (
             ("model_name", "tokenizer_name"),
@@ -90,11 +96,14 @@ class FalqonCLI(LightningCLI):
         """Check a checkpoint instead of letting its hyperparameters replace what was given."""
         config = self.config[self.config.subcommand]
         path = config.get("ckpt_path")
+        last = Path(config.trainer.default_root_dir) / LAST
+        recover(last)
+        if self.config.subcommand == "fit" and is_restarted() and last.exists():
+            path = "last"  # whatever it was started from: what it has saved since is newer
         if path is None:
             return
         if path == "last":
-            path = str(Path(config.trainer.default_root_dir) / "checkpoints" / "last.ckpt")
-            config.ckpt_path = path
+            config.ckpt_path = path = str(last)
         if not Path(path).exists() and "://" not in path:
             raise InputError(
                 f"ckpt_path {path} does not exist; give a .ckpt file, or leave ckpt_path out to "
@@ -110,13 +119,9 @@ class FalqonCLI(LightningCLI):
             if not isinstance(plugin, str) and plugin.get("class_path") == "falqon.FalqonPrecision":
                 FalqonPrecision(**plugin.init_args.as_dict())
         strategy = trainer.strategy
-        name = strategy if isinstance(strategy, str) else str(strategy.get("class_path", ""))
-        if "deepspeed" in name.lower():
-            raise InputError(
-                f"trainer.strategy {name}: DeepSpeed replaces the optimizer step and the precision "
-                "plugin, so FALQON's weights would never be updated. Use ddp, or "
-                "lightning.pytorch.strategies.ModelParallelStrategy to shard."
-            )
+        refuse(strategy if isinstance(strategy, str) else str(strategy.get("class_path", "")))
+        if trainer.accelerator in ("tpu", "xla"):
+            refuse("xla")
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -143,7 +148,10 @@ class FalqonCLI(LightningCLI):
         root = Path(self.trainer.default_root_dir)
         try:
             super()._run_subcommand(subcommand)
-        except BaseException:
+        except BaseException as error:
+            lost = explain(error, str(root / LAST))
+            if lost is not None:
+                raise lost from error
             self._finish_wandb(exit_code=1)
             if self._archived is not None and not (root / "metrics.csv").exists():
                 restore_archived_run(root, self._archived)
@@ -164,9 +172,9 @@ class FalqonCLI(LightningCLI):
         None for a fresh run, also for one that starts from another run's checkpoint.
         """
         path = self._get(self.config_init, "ckpt_path")
-        if path is None or not Path(path).is_file():
+        if path is None or not Path(path).exists():
             return None
-        checkpoint = read_checkpoint(path, mmap=True)
+        checkpoint = read_header(path)
         for plugin in plugins:
             if isinstance(plugin, FalqonPrecision):
                 plugin.check_settings(checkpoint.get("FalqonPrecision"), f"checkpoint {path}")
@@ -218,7 +226,7 @@ class FalqonCLI(LightningCLI):
 
 
 def _holds_run(root: Path) -> bool:
-    return (root / "metrics.csv").is_file() or (root / "checkpoints" / "last.ckpt").is_file()
+    return (root / "metrics.csv").is_file() or (root / LAST).exists()
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -238,6 +246,7 @@ def run(args: list[str] | None = None) -> FalqonCLI:
     Returns:
         The finished CLI, with its `trainer`, `model` and `datamodule`.
     """
+    separate_attempts()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     try:
         return FalqonCLI(
@@ -257,6 +266,10 @@ def run(args: list[str] | None = None) -> FalqonCLI:
             parser_kwargs={"parser_mode": "omegaconf+"},
             auto_configure_optimizers=False,
         )
+    except RankLost as error:
+        if error.is_first:
+            print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # the usual way out waits for the others
     except InputError as error:
         sys.exit(_fail(error))
 

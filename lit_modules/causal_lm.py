@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any, Literal
 
@@ -18,6 +19,17 @@ from transformers import PreTrainedModel
 
 from falqon.errors import InputError
 from falqon.generation.answers import Sampling, answer
+from falqon.groups import untied
+from falqon.parallel.exact import ExactSums, rows_of, unit_gradient
+from falqon.parallel.norm import total_norm
+from falqon.parallel.sharding import parallelize
+from falqon.parallel.strategies import (
+    data_parallel_group,
+    data_parallel_size,
+    is_sharding,
+    prepare,
+)
+from falqon.parallel.wholes import whole_shape
 from falqon.precision import FalqonPrecision
 from falqon.premeld.directory import MeldedDirectory, open_melded
 from falqon.premeld.load import load_melded
@@ -54,6 +66,9 @@ class LitCausalLM(LightningModule):
             is then on the device in its own precision for a moment.
         max_new_tokens: Longest answer of generation.
         temperature: Of sampling in generation; 0 takes the most likely token.
+        exact_sums: Make a step's gradient independent, to the last bit, of how its rows are split
+            over devices and accumulated batches: rows run one by one, and their gradients are added
+            as integers. Slow; to compare runs. Needs `FalqonPrecision`.
         trust_remote_code: Run code that comes with the model. Only for sources you trust.
         revision: Branch, tag or commit on the hub.
         method: How it is trained, one of `lit_modules.methods`; FALQON if None.
@@ -73,6 +88,7 @@ class LitCausalLM(LightningModule):
         compare_with_base: bool = False,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
+        exact_sums: bool = False,
         trust_remote_code: bool = False,
         revision: str | None = None,
         method: Method | None = None,
@@ -87,6 +103,7 @@ class LitCausalLM(LightningModule):
         self.compare_with_base = compare_with_base
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
+        self.exact_sums = exact_sums
         self.trust_remote_code = trust_remote_code
         self.revision = revision
         self.method = method or Falqon()
@@ -95,6 +112,7 @@ class LitCausalLM(LightningModule):
         self.saves_all_weights = False
         self._sums: dict[str, Tensor] = {}
         self._frozen = ""  # hash of what training does not change; see `method_state`
+        self._exact: ExactSums | None = None
 
     # -- setting up ---------------------------------------------------------------------------
 
@@ -103,14 +121,21 @@ class LitCausalLM(LightningModule):
 
         Raises:
             InputError: for a method and a plugin that do not go together, for flash attention with
-                packed batches of several rows (it would not keep documents apart), and for a
-                compensated flush without training examples to look at.
+                packed batches of several rows (it would not keep documents apart), for a
+                compensated flush without training examples to look at, and for a strategy that
+                cannot work.
         """
+        prepare(self.trainer.strategy)
         self.method.check(self.trainer)
         data = getattr(self.trainer, "datamodule", None)
         plugin = self.trainer.precision_plugin
         if stage == "fit" and isinstance(plugin, FalqonPrecision):
             self._check_calibration(plugin)
+        elif stage == "fit" and self.exact_sums:
+            raise InputError(
+                "exact_sums adds gradients of melded layers: use it with falqon.FalqonPrecision, "
+                "or set model.exact_sums to false."
+            )
         if getattr(data, "packing", False) and "flash" in self.attn_implementation:
             sizes = {getattr(data, "batch_size", 1), getattr(data, "eval_batch_size", 1)}
             if sizes != {1}:
@@ -126,12 +151,15 @@ class LitCausalLM(LightningModule):
             return
         plugin = self.trainer.precision_plugin
         device = self.method.device = self.trainer.strategy.root_device
+        # What is going to be cut up never is on a device as a whole.
+        sharding = is_sharding(self.trainer.strategy)
+        store = torch.device("cpu") if sharding else None
         premelded = None
         if isinstance(plugin, FalqonPrecision):
             premelded = open_melded(resolve(self.model_name).path)
-        with torch.device("cpu"):
+        with torch.device("cpu"), untied() if sharding else nullcontext():
             if isinstance(plugin, FalqonPrecision) and premelded is not None:
-                model = self._load_melded(premelded, plugin)
+                model = self._load_melded(premelded, plugin, store or device)
             else:
                 model = load_model(
                     self.model_name,
@@ -142,10 +170,11 @@ class LitCausalLM(LightningModule):
                 )
             if self.compare_with_base and self._fits_from_start():
                 self.base_loss = self._loss_of(model.to(device))  # type: ignore[arg-type]
+                model = model.to(store or device)  # type: ignore[arg-type]
             if isinstance(plugin, FalqonPrecision):
-                plugin.convert(model, device=device, premelded=premelded)
+                plugin.convert(model, device=device, premelded=premelded, store=store)
                 rank_zero_info(str(plugin.report))
-                if self.trainer.state.fn == "fit":
+                if self.trainer.state.fn == "fit" or sharding:
                     plugin.remember_base()
             else:
                 model = self.method.prepare(model)  # type: ignore[assignment]
@@ -155,10 +184,24 @@ class LitCausalLM(LightningModule):
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
+        if sharding:
+            self._shard(model, plugin)
+        if isinstance(plugin, FalqonPrecision) and self.exact_sums:
+            self._exact = ExactSums(plugin.layers)
         model.train()  # Lightning leaves the mode as it is, and from_pretrained gives eval mode
         self.model = model
 
-    def _load_melded(self, directory: MeldedDirectory, plugin: FalqonPrecision) -> PreTrainedModel:
+    def _shard(self, model: PreTrainedModel, plugin: Any) -> None:
+        if not isinstance(plugin, FalqonPrecision):
+            raise InputError(
+                "a strategy that shards is supported with falqon.FalqonPrecision; use ddp."
+            )
+        parallelize(model, self.trainer.strategy)
+        plugin.shard()
+
+    def _load_melded(
+        self, directory: MeldedDirectory, plugin: FalqonPrecision, device: torch.device
+    ) -> PreTrainedModel:
         """The model of a directory of `falqon meld`, after a look at the settings."""
         if self.compare_with_base and self._fits_from_start():
             raise InputError(
@@ -170,7 +213,7 @@ class LitCausalLM(LightningModule):
             directory,
             plugin.fp8,
             plugin.melding,
-            device=self.trainer.strategy.root_device,
+            device=device,
             attn_implementation=self.attn_implementation,
         )
 
@@ -191,7 +234,8 @@ class LitCausalLM(LightningModule):
         for batch in islice(batches, limit):
             batch = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, Tensor)}
             sums += torch.stack(supervised_loss(model, batch)).double()
-        loss, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        group = data_parallel_group(self.trainer)
+        loss, tokens = self.trainer.strategy.reduce(sums, group, reduce_op="sum").tolist()
         return loss / tokens if tokens else None
 
     def configure_optimizers(self) -> Any:
@@ -222,10 +266,22 @@ class LitCausalLM(LightningModule):
         """Summed loss of a batch; `configure_gradient_clipping` divides by the step's tokens."""
         assert self.model is not None
         self.method.before_step(self.model, self.trainer.global_step)
+        if self._exact is not None:
+            return self._loss_by_row(batch, self._exact)
         loss, tokens = self.method.loss(self.model, batch)
         self._add("train", loss, tokens)
         # Undo what Lightning and DDP will do: divide by accumulated batches, average over ranks.
-        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        return loss * (self.trainer.accumulate_grad_batches * data_parallel_size(self.trainer))
+
+    def _loss_by_row(self, batch: dict[str, Tensor], exact: ExactSums) -> Tensor:
+        assert self.model is not None
+        losses = []
+        for row in rows_of(batch):
+            loss, tokens = supervised_loss(self.model, row)
+            self._add("train", loss, tokens)
+            losses.append(unit_gradient(loss))
+        exact.count(len(losses))
+        return torch.stack(losses).sum()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Autograd's backward pass, or the method's own."""
@@ -252,11 +308,14 @@ class LitCausalLM(LightningModule):
         if sums is None:
             return
         loss, tokens = sums
+        if self._exact is not None:
+            self._exact.finish(data_parallel_group(self.trainer))
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         per_token = tokens.clamp(min=1).reciprocal().to(torch.float32)
         self.method.scale_gradients(parameters, per_token)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        plugin = self.trainer.precision_plugin
+        layers = plugin.layers.values() if isinstance(plugin, FalqonPrecision) else ()
+        norm = total_norm(parameters, layers)
         if not torch.isfinite(norm):
             # Adam's moments would never recover, and with them the weights stand still for good.
             raise InputError(
@@ -355,7 +414,8 @@ class LitCausalLM(LightningModule):
         sums = self._sums.pop(stage, None)
         if sums is None:
             return None
-        loss, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum").unbind()
+        group = data_parallel_group(self.trainer)
+        loss, tokens = self.trainer.strategy.reduce(sums, group, reduce_op="sum").unbind()
         return loss, tokens
 
     def _log_mean(self, stage: Literal["val", "test"]) -> None:
@@ -368,6 +428,7 @@ class LitCausalLM(LightningModule):
 
     # -- generation ---------------------------------------------------------------------------
 
+    @torch.no_grad()
     def generate(self, batch: dict[str, Any], max_new_tokens: int | None = None) -> list[str]:
         """Answer prompts.
 
@@ -382,8 +443,10 @@ class LitCausalLM(LightningModule):
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         sampling = Sampling(max_new_tokens or self.max_new_tokens, self.temperature)
         ids, mask = batch["input_ids"], batch["attention_mask"]
+        # Ranks that gather weights from each other have to take equally many steps.
+        together = is_sharding(self.trainer.strategy)
         with self.method.compute():
-            return answer(self.model, tokenizer, ids, mask, sampling)
+            return answer(self.model, tokenizer, ids, mask, sampling, together=together)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Answers beside the rows' numbers, prompts and references, where the batch has these."""
@@ -438,7 +501,7 @@ class LitCausalLM(LightningModule):
             return
         if isinstance(plugin, FalqonPrecision):
             plugin.unpack_checkpoint(checkpoint, self, where)
-        expected = {name: tuple(p.shape) for name, p in self.state_dict().items()}
+        expected = {name: whole_shape(self, name, p) for name, p in self.state_dict().items()}
         found = {name: tuple(p.shape) for name, p in checkpoint["state_dict"].items()}
         if expected != found:
             names = sorted(expected.keys() | found.keys())

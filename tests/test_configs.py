@@ -9,14 +9,17 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
 
-from falqon import FalqonPrecision
+from falqon import FalqonPrecision, ShardedStrategy
 from falqon.training import FalqonCLI, run
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 BASE = "smollm2_alpaca.yaml"
-OVERLAYS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
+OVERLAYS = {"ddp": DDPStrategy, "fsdp2": ShardedStrategy, "tp": ShardedStrategy}
+EVERY = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = [path for path in EVERY if path.stem not in OVERLAYS]
+METHODS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -44,8 +47,8 @@ def test_config_can_be_instantiated(path: Path, instantiate) -> None:
     assert optimizer.param_groups[0]["lr"] > 0
 
 
-@pytest.mark.parametrize("path", OVERLAYS, ids=lambda p: p.stem)
-def test_overlay_can_be_instantiated(path: Path, instantiate) -> None:
+@pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)
+def test_method_can_be_instantiated(path: Path, instantiate) -> None:
     first = ROOT / "configs" / ("llama7b_alpaca.yaml" if path.stem == "lora" else BASE)
     cli = instantiate(first, f"--config={path}", "--trainer.accelerator=cpu")
     assert cli.model.method.name == path.stem
@@ -54,6 +57,32 @@ def test_overlay_can_be_instantiated(path: Path, instantiate) -> None:
     given = yaml.safe_load(path.read_text())["model"]["init_args"]["optimizer"]
     assert type(optimizer).__name__ == given["class_path"].rpartition(".")[2]
     assert optimizer.param_groups[0]["lr"] == given["init_args"]["lr"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("name", ["quickstart", "llama7b_alpaca"])
+def test_overlay_changes_where_it_runs(name: str, overlay: str, instantiate) -> None:
+    configs = ROOT / "configs"
+    cli = instantiate(
+        configs / f"{name}.yaml", f"--config={configs / overlay}.yaml", "--trainer.accelerator=cpu"
+    )
+    assert type(cli.trainer.strategy) is OVERLAYS[overlay]
+    alone = instantiate(configs / f"{name}.yaml", "--trainer.accelerator=cpu")
+    assert cli.trainer.max_steps == alone.trainer.max_steps
+    rates = []
+    for made in (cli, alone):
+        optimizer = made.model.optimizer([cli_parameter()])
+        rates.append(optimizer.param_groups[0]["lr"])
+        if made is cli and overlay != "ddp":
+            assert type(optimizer) is torch.optim.AdamW
+            assert not made.model.compare_with_base
+            sizes = (optimizer.param_groups[0]["weight_decay"], optimizer.param_groups[0]["betas"])
+            assert sizes == (0.0, (0.9, 0.999))
+    assert rates[0] == rates[1]
+
+
+def test_every_configuration_is_tested() -> None:
+    assert {path.stem for path in EVERY} == {path.stem for path in CONFIGS} | OVERLAYS.keys()
 
 
 def cli_parameter() -> torch.nn.Parameter:
@@ -95,5 +124,5 @@ def test_defaults_of_the_module_are_those_documented(instantiate) -> None:
 
 
 def test_configs_name_no_host() -> None:
-    for path in [*CONFIGS, *OVERLAYS]:
+    for path in [*EVERY, *METHODS]:
         assert not re.search(r"https?://", path.read_text())

@@ -10,6 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from falqon.parallel.strategies import data_parallel_group
+
 
 def is_log_step(trainer: Trainer) -> bool:
     """The step that just ended is one that Lightning sends to the loggers."""
@@ -73,7 +75,8 @@ class Throughput(Callback):
 
     def _count(self, trainer: Trainer, tokens: Tensor) -> float:
         """Add tokens to the totals; returns tokens a second since the last call."""
-        total = int(trainer.strategy.reduce(tokens.double(), reduce_op="sum"))
+        group = data_parallel_group(trainer)
+        total = int(trainer.strategy.reduce(tokens.double(), group, reduce_op="sum"))
         now = time.perf_counter()  # after the wait for the device that int() is
         seconds = max(now - self._since, 1e-9)
         self.total_tokens += total

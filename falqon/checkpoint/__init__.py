@@ -1,13 +1,14 @@
 """Checkpoints: written atomically, read safely, hashed and described."""
 
+from falqon.checkpoint.errors import CheckpointError
 from falqon.checkpoint.hashing import hash_tensors, training_hash
 from falqon.checkpoint.io import (
     LAST,
     SERVED,
     TEMPORARY_SUFFIX,
     AtomicCheckpointIO,
-    CheckpointError,
     read_checkpoint,
+    read_header,
 )
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "CheckpointError",
     "hash_tensors",
     "read_checkpoint",
+    "read_header",
     "training_hash",
 ]

@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from falqon.checkpoint.base import BaseHash, frozen_parameters
 from falqon.checkpoint.io import CheckpointError
 from falqon.linear import MeldedLinear
+from falqon.parallel.layers import ShardedLayer
+from falqon.parallel.wholes import whole_tensor
 from falqon.rows import RowState
 
 KEY = "FalqonChanges"
@@ -70,7 +71,7 @@ def pack(
         Whether it was done: not for sharded weights, nor without the plugin's state.
     """
     state, plugin = checkpoint["state_dict"], checkpoint.get(_PLUGIN)
-    if plugin is None or any(isinstance(layer.codes, DTensor) for layer in layers.values()):
+    if plugin is None or _are_sharded(states):
         return False
     prefix = shared_prefix(state, [f"{name}.codes" for name in layers])
     if prefix is None:
@@ -119,37 +120,49 @@ def unpack(
         checkpoint: as it was read; changed in place.
         module: the whole LightningModule, as it starts: its weights are the base.
         layers, states: see `pack`.
-        base: hashes of the base as it is here; None if the weights are sharded.
+        base: hashes of the base as it is here.
         where: how to name the checkpoint.
 
     Raises:
         CheckpointError: it is of another base, or does not fit together.
     """
     if not is_small(checkpoint):
-        _note(checkpoint["state_dict"], layers, states)
+        if not _are_sharded(states):  # whose checkpoints hold all weights
+            _note(checkpoint["state_dict"], layers, states)
         return
     changes = checkpoint[KEY]
     _check(changes, layers, where)
     if base is None:
         raise CheckpointError(
-            f"{where} holds changes only, and these cannot be put into sharded weights. Resume it "
-            "without sharding (strategy ddp) with checkpoint.complete true, and go on from the "
-            "checkpoint which that writes."
+            f"{where} holds changes only, and the model that they belong to was not hashed before "
+            "its weights were sharded: call FalqonPrecision.remember_base in configure_model."
         )
     _check_base(checkpoint, base, where)
+    state = checkpoint["state_dict"]
+    # Sharded weights get their parts when this is loaded; others are written now.
+    sharded = _are_sharded(states)
+    if sharded:
+        for name, tensor in module.state_dict().items():
+            if name not in state:
+                state[name] = whole_tensor(module, name, tensor).cpu()
+    prefix = shared_prefix(state, [f"{name}.codes" for name in layers]) or ""
     applied = checkpoint[_PLUGIN]["proxy"].get("applied", {})
     for name, layer in layers.items():
         rows = changes["rows"][name].long()
-        layer.codes[rows.to(layer.codes.device)] = changes["codes"][name].to(layer.codes.device)
+        codes = state[f"{prefix}{name}.codes"] if sharded else layer.codes
+        codes[rows.to(codes.device)] = changes["codes"][name].to(codes.device)
         written = rows[: -layer.rank]
         states[name].touch(written)
         if name in applied:
             whole = torch.zeros(layer.out_features, layer.rank)
             whole[written] = applied[name]
             applied[name] = whole
-    state = checkpoint["state_dict"]
     for name, tensor in module.state_dict().items():
         state.setdefault(name, tensor)  # of the base, or of the codes that were written just now
+
+
+def _are_sharded(states: Mapping[str, RowState]) -> bool:
+    return any(isinstance(state.layer, ShardedLayer) for state in states.values())
 
 
 def _note(
@@ -160,7 +173,7 @@ def _note(
     for name, layer in layers.items() if prefix is not None else ():
         there = state[f"{prefix}{name}.codes"]
         codes = layer.codes.detach()
-        if isinstance(codes, DTensor) or there.shape != codes.shape:
+        if there.shape != codes.shape:
             continue
         differs = there.to(codes.device) != codes
         states[name].touch(differs[: layer.out_features].any(dim=1).nonzero()[:, 0])

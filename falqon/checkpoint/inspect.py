@@ -107,7 +107,7 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
         "not_melded": _plain(plugin.get("skipped", {})),
         "parameters": _count_parameters(state, layers, checkpoint),
         "bytes": _count_bytes(state, layers, checkpoint),
-        "file_bytes": file.stat().st_size,
+        "file_bytes": sum(f.stat().st_size for f in (file.rglob("*") if file.is_dir() else [file])),
         "pending_rows": sum(
             int((state[f"{layer.fqn}.B"] != 0).any(dim=1).sum()) for layer in layers
         ),

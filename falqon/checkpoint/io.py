@@ -29,8 +29,15 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from falqon.checkpoint.errors import CheckpointError
 from falqon.checkpoint.seal import REPLACED, Seal, check_seal
-from falqon.errors import InputError
+from falqon.checkpoint.sharded import (
+    is_sharded,
+    read_meta,
+    read_sharded,
+    recover,
+    replace_directory,
+)
 
 # In a run's directory: the state to resume from, and the weights with everything pending written.
 LAST = Path("checkpoints") / "last.ckpt"
@@ -40,10 +47,6 @@ TEMPORARY_SUFFIX = ".falqon-partial"
 _STARTED = time.time()
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError)
 _READ_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, TypeError)
-
-
-class CheckpointError(InputError):
-    """A checkpoint that cannot be written, or a file that cannot be read as one."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -73,7 +76,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         try:
             local.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(local.parent)
+            remove_leftovers(local.parent)
         except OSError as error:
             raise _cannot_write(local, 0, error) from error
         with _replacing(local) as file:
@@ -116,7 +119,7 @@ def read_checkpoint(
     """Read a local Lightning checkpoint without running code from it.
 
     Args:
-        path: The file.
+        path: The file, or the directory of a sharded checkpoint, which is read as a whole.
         map_location: Where tensors go, as in `torch.load`.
         mmap: Map the file instead of copying it: tensors that are not used are not read again.
 
@@ -127,10 +130,13 @@ def read_checkpoint(
         CheckpointError: There is no such file, or it is truncated, damaged, or no checkpoint.
     """
     file = Path(path)
+    recover(file)
+    if is_sharded(file):
+        return read_sharded(file)
     if file.is_dir():
         raise CheckpointError(
-            f"checkpoint {file} is a directory. Give a .ckpt file; a sharded checkpoint has to be "
-            "consolidated first (torch.distributed.checkpoint.format_utils.dcp_to_torch_save)."
+            f"checkpoint {file} is a directory without a checkpoint in it. Give a .ckpt file, or a "
+            "directory that a run with falqon.ShardedStrategy wrote."
         )
     if not file.is_file():
         others = sorted(other.name for other in file.parent.glob("*.ckpt"))
@@ -142,6 +148,16 @@ def read_checkpoint(
     except (*_READ_ERRORS, UnpicklingError) as error:
         raise _cannot_read(file, error) from error
     return _require_checkpoint(file, loaded)
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds beside large tensors; of one in a file also these, not read yet.
+
+    Raises:
+        CheckpointError: as `read_checkpoint` does.
+    """
+    recover(Path(path))
+    return read_meta(path) if is_sharded(path) else read_checkpoint(path, mmap=True)
 
 
 def _local_path(path: str | Path) -> Path | None:
@@ -195,7 +211,10 @@ def _replacing(target: Path) -> Iterator[_WatchedFile]:
                 os.fsync(file.fileno())
             finally:
                 written = os.fstat(file.fileno()).st_size
-        os.replace(temporary, target)
+        if is_sharded(target):  # a file cannot take a directory's place in one step
+            replace_directory(temporary, target)
+        else:
+            os.replace(temporary, target)
         _sync_directory(target.parent)
     except (OSError, RuntimeError) as error:
         if watched is not None and watched.error is not None:
@@ -218,11 +237,15 @@ def _sync_directory(directory: Path) -> None:
             os.close(descriptor)
 
 
-def _remove_leftovers(directory: Path) -> None:
+def remove_leftovers(directory: Path) -> None:
     """Delete what killed processes left. A file in use has been written to since we started."""
     for leftover in directory.glob(f".*{TEMPORARY_SUFFIX}"):
         with contextlib.suppress(OSError):
-            if leftover.stat().st_mtime < _STARTED:
+            if leftover.stat().st_mtime >= _STARTED:
+                continue
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
                 leftover.unlink()
 
 

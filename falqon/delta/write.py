@@ -95,12 +95,11 @@ def _layer(trained: Trained, base: Base, fqn: str, writer: _Writer) -> tuple[str
     layer, scale = trained.layers[fqn], trained.state[f"{fqn}.scale"]
     before = base.backbone(layer, scale).contiguous()
     state = trained.state
-    if isinstance(state, ChangedState):  # the base is not read once more
-        after = state.changed(fqn, before)
-    else:
-        after = state[f"{fqn}.codes"]
-    after = after[: layer.out_features]
-    refuse_nan(trained.file, f"{fqn}.codes", after)
+    name = f"{fqn}.codes"
+    # So that the base is not read once more.
+    merged = state.changed(fqn, before) if isinstance(state, ChangedState) else state[name]
+    after = merged[: layer.out_features]
+    refuse_nan(trained.file, name, after)
     change = encode(before, after)
     writer.put(fqn, change.places, change.differences)
     return layer_hash(before, scale), {

@@ -11,7 +11,14 @@ import torch
 import yaml
 from torch import Tensor
 
-from falqon.checkpoint import LAST, SERVED, CheckpointError, read_checkpoint, training_hash
+from falqon.checkpoint import (
+    LAST,
+    SERVED,
+    CheckpointError,
+    read_checkpoint,
+    read_header,
+    training_hash,
+)
 from falqon.checkpoint import changes as changes_module
 from falqon.checkpoint.base import BaseHash
 from falqon.checkpoint.inspect import (
@@ -198,8 +205,8 @@ def _locate(path: Path) -> Path:
     served = path / SERVED
     if not served.exists():
         return locate_checkpoint(path)
-    if served.is_file() and (path / LAST).is_file():  # else sharded: refused when it is read
-        steps = [read_checkpoint(f, mmap=True).get("global_step") for f in (served, path / LAST)]
+    if (path / LAST).exists():
+        steps = [read_header(f).get("global_step") for f in (served, path / LAST)]
         if steps[0] != steps[1]:
             raise CheckpointError(
                 f"{served} is of step {steps[0]} and {path / LAST} of step {steps[1]}: the run "
@@ -256,7 +263,7 @@ def _refuse_pending(
         return
     step = checkpoint["global_step"]
     config = run / "config.yaml" if run else "RUN/config.yaml"
-    there = f" Export {run / SERVED}, or" if run and (run / SERVED).is_file() else " To"
+    there = f" Export {run / SERVED}, or" if run and (run / SERVED).exists() else " To"
     raise CheckpointError(
         f"{file} (step {step}) is not what would be served: "
         f"{' and '.join(reasons)} that only the end of a run writes.{there} write them now: "

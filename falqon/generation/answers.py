@@ -82,7 +82,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what is gathered of sharded weights lives on
 def answer(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -90,6 +90,7 @@ def answer(
     attention_mask: Tensor,
     sampling: Sampling,
     streamer: BaseStreamer | None = None,
+    together: bool = False,
 ) -> list[str]:
     """Answer a batch of prompts. Sampling draws from torch's global generator.
 
@@ -100,6 +101,7 @@ def answer(
         attention_mask: int64 [b, s].
         sampling: How.
         streamer: Gets the tokens as they come; for one prompt.
+        together: Take as many steps as every other rank, as those that share weights have to.
 
     Returns:
         b answers, without prompt, special tokens, and white space around them.
@@ -112,6 +114,7 @@ def answer(
             eos_token_id=end_tokens(model, tokenizer),
             pad_token_id=tokenizer.eos_token_id if pad is None else pad,
             streamer=streamer,
+            synced_gpus=together,
             **sampling.arguments(),
         )
     answers: list[str] = tokenizer.batch_decode(

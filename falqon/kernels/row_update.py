@@ -57,7 +57,7 @@ class RowWrite(NamedTuple):
     Attributes:
         codes, scale, rows, proxy: as there.
         layer: its number in the model, a counter of stochastic rounding.
-        origin, gram_inverse, compensation: as there.
+        origin, gram_inverse, compensation, place: as there.
     """
 
     codes: Tensor
@@ -68,6 +68,7 @@ class RowWrite(NamedTuple):
     origin: Origin | None = None
     gram_inverse: Tensor | None = None
     compensation: Compensation | None = None
+    place: tuple[int, int] = (0, 0)
 
 
 def row_updates(
@@ -90,6 +91,7 @@ def row_updates(
         if (
             devices.uses_kernels(first.codes)
             and not compensated
+            and not _needs_place(rounding, first.place)
             and first.codes.dtype == torch.uint8
         ):
             results += _row_updates_triton(batch, rounding, seed, step)
@@ -107,9 +109,15 @@ def row_updates(
                     w.origin,
                     w.gram_inverse,
                     w.compensation,
+                    w.place,
                 )
             )
     return results
+
+
+def _needs_place(rounding: Rounding, place: tuple[int, int]) -> bool:
+    """Whether random bits depend on where the codes lie in the layer, which no kernel knows."""
+    return rounding == "stochastic" and place != (0, 0)
 
 
 def row_update(
@@ -122,6 +130,7 @@ def row_update(
     origin: Origin | None = None,
     gram_inverse: Tensor | None = None,
     compensation: Compensation | None = None,
+    place: tuple[int, int] = (0, 0),
 ) -> tuple[RowUpdateCounts, Tensor | None]:
     """`W[K] = Q(DQ(W[K]) + B[K] A)` in place, with the unchanged scale, saturating.
 
@@ -143,12 +152,14 @@ def row_update(
             remainder, the part of the change that rounding left, projected on the rows of A.
         compensation: round with it (see `encode_compensated`), rows whose B is zero as well.
             Without FP8 rounding there is nothing to compensate.
+        place: row and column of the layer that `codes` begin with, where they are a part of it.
 
     Returns:
         Counts over the written rows, and with `gram_inverse` the remainder as a B, float32 [k, r]
         (zero in rows that were not written).
     """
-    if devices.uses_kernels(codes) and codes.dtype == torch.uint8 and compensation is None:
+    on_kernel = devices.uses_kernels(codes) and codes.dtype == torch.uint8
+    if on_kernel and compensation is None and not _needs_place(rounding, place):
         seed, step, layer = counter
         write = RowWrite(codes, scale, rows, proxy, layer, origin, gram_inverse)
         return _row_updates_triton([write], rounding, seed, step)[0]
@@ -158,7 +169,7 @@ def row_update(
         keep &= size > 0
     if bool(keep.all()):
         wanted, target = _targets(codes, scale, rows, proxy, origin)
-        new = _round(codes, rows, target, rounding, counter, compensation)
+        new = _round(codes, rows, target, rounding, counter, compensation, place)
         return _write(codes, scale, rows, wanted, target, new, gram_inverse)
     # Selecting rows and starting again costs less than masking whole matrices every time.
     number = torch.arange(len(proxy), device=proxy.device) if rows is None else rows
@@ -174,6 +185,7 @@ def row_update(
         origin,
         gram_inverse,
         compensation,
+        place,
     )
     remainder = None
     if some is not None:
@@ -260,6 +272,7 @@ def _round(
     rounding: Rounding,
     counter: tuple[int, int, int],
     compensation: Compensation | None,
+    place: tuple[int, int],
 ) -> Tensor:
     """What is written: the rounded target, uint8 [k, in] (or the target itself)."""
     if codes.dtype != torch.uint8:
@@ -269,9 +282,9 @@ def _round(
     if rounding == "nearest":
         return encode(target, E4M3)
     seed, step, layer = counter
-    columns = torch.arange(codes.shape[1], device=codes.device)
+    columns = torch.arange(codes.shape[1], device=codes.device) + place[1]
     number = torch.arange(len(target), device=codes.device) if rows is None else rows
-    bits = philox(seed, columns[None, :], number[:, None], step, layer)
+    bits = philox(seed, columns[None, :], number[:, None] + place[0], step, layer)
     return encode_stochastic(target, E4M3, bits)
 
 

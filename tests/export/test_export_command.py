@@ -158,7 +158,9 @@ def test_a_run_is_exported_as_it_was_validated(
     )
 
     (tmp_path / "sharded" / "served.ckpt").mkdir(parents=True)
-    assert "consolidated" in error(capsys, tmp_path / "sharded", "--output", tmp_path / "no")
+    assert "without a checkpoint" in error(
+        capsys, tmp_path / "sharded", "--output", tmp_path / "no"
+    )
 
     # A run that went on after it had ended is not exported with the weights of before.
     cli("fit", config, "--ckpt_path=last", "--trainer.max_steps=7")

@@ -1,0 +1,1 @@
+"""Many devices: which strategies work, sharded layers, exact sums, sharded checkpoints."""

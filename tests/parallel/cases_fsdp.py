@@ -1,0 +1,44 @@
+"""FSDP2: the codes of DDP to the last bit, with a share of its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+STEPS = "--trainer.max_steps=3"
+CHECKED = "--rank_checksum.every_n_steps=1"  # shards are no reason to stop
+
+
+def add(two: Any, tiny_run: Callable) -> list[str]:
+    """Add the runs; returns the names of policies."""
+    policies = {
+        "live": tiny_run(
+            update={"preset": "compensated", "every": 2, "calibration_rows": 6},
+            rounding="stochastic",
+        ),
+        "flips": tiny_run(update={"preset": "anchored", "select": "flips", "max_age": 12}),
+    }
+    policies["flips"]["model"]["init_args"]["optimizer"]["init_args"]["fused"] = True
+    policies["live"]["trainer"] |= {
+        "accumulate_grad_batches": 2,
+        "gradient_clip_val": 0.1,
+        "limit_val_batches": 0,
+    }
+    for name, config in policies.items():
+        config["data"]["init_args"]["batch_size"] = 2
+        for strategy in ("ddp", "fsdp2"):
+            config["trainer"]["strategy"] = strategy
+            two.add(f"{name}-{strategy}", config, STEPS, CHECKED, answers=name == "flips")
+    return list(policies)
+
+
+def check(two: Any, policies: list[str]) -> None:
+    """Look at what they noted."""
+    assert "answer after" in two.output  # ranks that end early do not leave the others waiting
+    for name in policies:
+        ddp, fsdp = two.notes(f"{name}-ddp"), two.notes(f"{name}-fsdp2")
+        assert len(set(ddp[0]["hashes"])) >= 3
+        for one, other in zip(ddp, fsdp, strict=True):
+            assert one["hashes"] == other["hashes"], name
+            assert one["hash"] == other["hash"], name  # after everything pending was written
+            assert other["bytes_held"] < 0.52 * other["bytes_whole"]
