@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -70,6 +71,7 @@ class Row:
         return self.codes + self.trained + self.other + self.gathered + self.activations
 
 
+@lru_cache
 def meta_model(size: str, rank: int) -> LlamaForCausalLM:
     """A melded model without data."""
     with torch.device("meta"):
@@ -102,6 +104,7 @@ def local_share(layer_name: str, kind: str, layer: MeldedLinear, tensor: int) ->
     return (layer.out_features / tensor + layer.rank) * layer.in_features
 
 
+@lru_cache
 def saved_per_token(size: str, rank: int) -> tuple[float, float]:
     """Bytes a token that one decoder layer saves for its backward pass, and that enter it."""
     shape = {k: v // _SMALLER for k, v in SHAPES[size].items()} | {"num_hidden_layers": 1}

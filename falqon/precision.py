@@ -24,6 +24,7 @@ from falqon.kernels import devices
 from falqon.linear import MeldedLinear
 from falqon.meld import MeldReport, meld, melded_layers, targets
 from falqon.parallel.layers import ShardedLayer, is_part
+from falqon.parallel.ordered import order_gradients
 from falqon.premeld.directory import MeldedDirectory
 from falqon.proxy import ProxyUpdate
 from falqon.recipe import (
@@ -268,6 +269,7 @@ class FalqonPrecision(Precision):
                 else "the model has no melded layer: call FalqonPrecision.convert in "
                 "configure_model."
             )
+        order_gradients(model)
         return super().connect(model, optimizers, lr_schedulers)
 
     @override

@@ -17,6 +17,9 @@ _REASONS = {
     "fsdp": "FSDP1 takes neither integer parameters, which FP8 codes are, nor a precision plugin "
     "that is not its own.",
     "xla": "XLA devices have no FP8 codes that an update could write in place.",
+    "plain": "its checkpoints are written over the last one, go by other names of optimizer "
+    "states, and know nothing of how melded layers are cut up; ShardedStrategy is this strategy "
+    "with checkpoints that do.",
     "spawn": "processes that are spawned or forked train a copy of the model, and what they learn "
     "does not come back.",
 }
@@ -39,6 +42,8 @@ def refuse(name: str) -> None:
         kind = "xla"
     elif last.startswith("fsdp") and last != "fsdp2":
         kind = "fsdp"
+    elif last == "modelparallel":
+        kind = "plain"
     elif last in ("ddp_spawn", "ddp_fork", "ddp_notebook") or last.startswith(
         ("ddp_spawn_", "ddp_fork_", "ddp_notebook_")
     ):

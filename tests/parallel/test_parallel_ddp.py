@@ -50,7 +50,8 @@ def test_three_ranks_accumulate_and_resume(jobs: Callable, tiny_run: Callable) -
         "ddp_notebook",
     ]
     + [
-        f"lightning.pytorch.strategies.{c}Strategy" for c in ("FSDP", "DeepSpeed", "XLA", "XLAFSDP")
+        f"lightning.pytorch.strategies.{c}Strategy"
+        for c in ("FSDP", "DeepSpeed", "XLA", "XLAFSDP", "ModelParallel")
     ],
 )
 def test_strategies_that_cannot_work(name: str) -> None:
