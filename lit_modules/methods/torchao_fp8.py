@@ -31,7 +31,7 @@ class TorchaoFP8(LoraOnFrozen):
     """Every linear layer by `torchao.float8.convert_to_float8_training`, with LoRA.
 
     Weights, inputs (E4M3) and gradients (E5M2) are cast in every step with one dynamic scale a
-    tensor. Without FP8 units torchao emulates: it computes with the rounded values.
+    tensor. Without FP8 units torchao emulates: it multiplies the rounded values in float32.
 
     Settings: torchao's default recipe (tensorwise); weights bfloat16, adapters float32, cast to
     bfloat16. torchao computes the gradient of frozen weights too and throws it away.
