@@ -109,10 +109,8 @@ def base_config(args: argparse.Namespace, root: Path, number: int) -> dict[str, 
             "gradient_clip_val": args.clip,
             "enable_progress_bar": False,
             "enable_model_summary": False,
-            "callbacks": [
-                {"class_path": "benchmarks.compare_probe.Probe", "init_args": probe},
-                {"class_path": "falqon.callbacks.throughput.Throughput"},
-            ],
+            # Before those that every run has: it stops the clock first.
+            "callbacks": [{"class_path": "benchmarks.compare_probe.Probe", "init_args": probe}],
         },
         "model": {
             "class_path": "lit_modules.LitCausalLM",
@@ -159,6 +157,7 @@ def train(args: argparse.Namespace, name: str, path: Path, number: int) -> dict[
             {
                 "arguments": [f"--config={first}", f"--config={second}"],
                 "threads": args.threads,
+                "closing": number == 0,
                 "lr": optimizer.get("init_args", {}).get("lr"),
             }
         )

@@ -23,8 +23,10 @@ from falqon.callbacks.report import peak_memory
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """Train as the job says and gather what was seen, in plain containers."""
     import datamodules  # noqa: F401  (its classes are named in the configuration)
-    from falqon.training import run
+    from falqon.training import FalqonCLI, run
 
+    if not job["closing"]:  # a round for times alone: what is pending need not be written
+        FalqonCLI.after_fit = lambda self: None  # type: ignore[method-assign]
     torch.set_num_threads(job["threads"])
     cli = run(["fit", *job["arguments"]])
     trainer, module = cli.trainer, cli.model
