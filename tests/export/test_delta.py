@@ -289,5 +289,5 @@ def test_inspect_shows_directories(
         assert main(["inspect", str(tmp_path / kind), "--json"]) == 0
         report = json.loads(capsys.readouterr().out)
         assert report["kind"] == kind and report["files"]
-    base = case.melded()
-    assert hash_base(base, melded_layers(base)) == case.precision.base
+    again = case.melded()
+    assert hash_base(again, melded_layers(again)) == case.precision.base
