@@ -22,6 +22,7 @@ from falqon.kernels import (
     Quantize,
     joined_gradients,
 )
+from falqon.kernels.native import melded
 from falqon.recipe import Fp8Recipe
 
 
@@ -45,8 +46,15 @@ class _MeldedFunction(torch.autograd.Function):
             parameters[i : i + len(layers)] for i in range(0, len(parameters), len(layers))
         )
         first, dtype = layers[0], inputs[0].dtype
-        x_codes, x_scale, *extra = (first.quantize_input if source is None else source)(*inputs)
-        outs, adapters = first.melded_matmul(x_codes, x_scale, codes, scales, biases, dtype)
+        native = melded.takes(first.recipe, codes, inputs)
+        if native:
+            quantize = first.quantize_input if source is None else source
+            x_values, *extra = quantize.values(*inputs)  # type: ignore[operator]
+            weights = [melded.decoded(c, s) for c, s in zip(codes, scales, strict=True)]
+            outs, adapters = melded.forward(x_values, weights, biases, first.rank)
+        else:
+            x_codes, x_scale, *extra = (first.quantize_input if source is None else source)(*inputs)
+            outs, adapters = first.melded_matmul(x_codes, x_scale, codes, scales, biases, dtype)
         if first.live:
             for layer, out, adapter, proxy in zip(layers, outs, adapters, proxies, strict=True):
                 layer.pending_term(out, adapter, proxy * layer.lora_scaling)
@@ -55,6 +63,7 @@ class _MeldedFunction(torch.autograd.Function):
         kept = () if source is None else (*inputs, *extra)
         ctx.save_for_backward(*adapters, *codes, *scales, *(proxies if first.live else ()), *kept)
         ctx.layers, ctx.source, ctx.count, ctx.live = layers, source, count, first.live
+        ctx.native = native
         return tuple(outs)
 
     @staticmethod
@@ -69,14 +78,18 @@ class _MeldedFunction(torch.autograd.Function):
         _, _, _, *needed = ctx.needs_input_grad
         grad_inputs: Sequence[Tensor | None] = [None] * count
         if any(needed[:count]):
-            joined = joined_gradients(grads, scales, first.backbone_matmul.power_of_two)
-            grad_codes, grad_scale = first.quantize_gradient(joined)
-            grad_input = first.backbone_matmul(
-                grad_codes, grad_scale, codes, scales[0], grads[0].dtype
-            )
-            if live:
-                proxies = [p * layer.lora_scaling for p, layer in zip(live, layers, strict=True)]
-                first.pending_term.backward(grad_input, grads, proxies, codes, scales)
+            proxies = [p * layer.lora_scaling for p, layer in zip(live, layers)]
+            if ctx.native:
+                weights = [melded.decoded(c, s) for c, s in zip(codes, scales, strict=True)]
+                grad_input = melded.backward(grads, weights, scales, proxies, first.rank)
+            else:
+                joined = joined_gradients(grads, scales, first.backbone_matmul.power_of_two)
+                grad_codes, grad_scale = first.quantize_gradient(joined)
+                grad_input = first.backbone_matmul(
+                    grad_codes, grad_scale, codes, scales[0], grads[0].dtype
+                )
+                if live:
+                    first.pending_term.backward(grad_input, grads, proxies, codes, scales)
             source = ctx.source
             grad_inputs = [grad_input] if source is None else source.backward(grad_input, *kept)
         need_proxy, need_bias = (needed[count + i * number :][:number] for i in (2, 3))

@@ -1,0 +1,175 @@
+"""Typed wrappers of kernels.cpp: tensors in, tensors out.
+
+All take bfloat16 CPU tensors and scales that are powers of two; `usable` says whether they can be
+called. Shapes: T tokens, n features.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from falqon.kernels.native.build import library, wanted
+
+_INT = ctypes.c_int64
+_BF16 = torch.bfloat16
+
+
+@lru_cache(maxsize=1)
+def _functions() -> ctypes.CDLL | None:
+    """The library after a look at whether it rounds as torch does, on every bfloat16 value."""
+    found = library()
+    if found is None:
+        return None
+    values = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(_BF16)
+    usual = values[values.abs() <= 2**15].view(-1)
+    for name, most in ((torch.float8_e4m3fn, 448.0), (torch.float8_e5m2, 57344.0)):
+        # One row with the format's largest value has scale 1.
+        row = torch.cat([usual.clamp(-most, most), usual.new_full((1,), most)])
+        expected = row.to(name).to(_BF16)
+        out = torch.empty_like(row)
+        _quantize(found, [row[None]], [1.0], name == torch.float8_e5m2, out)
+        if not torch.equal(out, expected):
+            return None
+    return found
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the compiled functions exist and take these tensors (any strides)."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(
+            type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" and t.dtype == _BF16
+            for t in tensors
+        )
+        and wanted()
+        and _functions() is not None
+    )
+
+
+def _f() -> ctypes.CDLL:
+    found = _functions()
+    assert found is not None
+    return found
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _rows(x: Tensor) -> Tensor:
+    """With values of a row side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def decode_e4m3(codes: Tensor, factor: float, out: Tensor) -> Tensor:
+    """Values of E4M3 codes times a power of two, into `out`.
+
+    Args:
+        codes: uint8, contiguous.
+        factor: power of two.
+        out: bfloat16, contiguous, of as many elements.
+    """
+    assert codes.is_contiguous() and out.is_contiguous() and codes.numel() == out.numel()
+    _f().falqon_decode(_at(codes), _INT(codes.numel()), ctypes.c_float(factor), _at(out))
+    return out
+
+
+def _quantize(
+    found: ctypes.CDLL, parts: Sequence[Tensor], factors: Sequence[float], e5m2: bool, out: Tensor
+) -> None:
+    count = len(parts)
+    pointers = (ctypes.c_void_p * count)(*(p.data_ptr() for p in parts))
+    widths = (_INT * count)(*(p.shape[1] for p in parts))
+    strides = (_INT * count)(*(p.stride(0) for p in parts))
+    scales = (ctypes.c_float * count)(*factors)
+    rows = _INT(parts[0].shape[0])
+    found.falqon_quantize(
+        _INT(count), pointers, widths, strides, scales, rows, _INT(e5m2), _at(out)
+    )
+
+
+def quantized(parts: Sequence[Tensor], factors: Sequence[float], e5m2: bool = False) -> Tensor:
+    """`DQ(Q([f_0 x_0 | f_1 x_1 | ...]))`, its parts divided by their factors again, in bfloat16.
+
+    A row has one scale.
+
+    Args:
+        parts: [T, n_i].
+        factors: powers of two.
+        e5m2: to E5M2 instead of E4M3.
+
+    Returns:
+        [T, sum of n_i].
+    """
+    parts = [_rows(part) for part in parts]
+    out = parts[0].new_empty(parts[0].shape[0], sum(part.shape[1] for part in parts))
+    _quantize(_f(), parts, factors, e5m2, out)
+    return out
+
+
+def rms_norm_quantized(x: Tensor, weight: Tensor, inverse_rms: Tensor) -> Tensor:
+    """`DQ(Q(w * (x * inverse_rms)))` in E4M3, with one scale a row.
+
+    Args:
+        x: [T, n].
+        weight: w, [n].
+        inverse_rms: float32 [T, 1].
+
+    Returns:
+        [T, n].
+    """
+    x, weight = x.contiguous(), weight.contiguous()
+    out = torch.empty_like(x)
+    sizes = (_INT(x.shape[0]), _INT(x.shape[1]))
+    _f().falqon_rms_norm(_at(x), _at(weight), _at(inverse_rms), *sizes, _at(out))
+    return out
+
+
+def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> Tensor:
+    """See `falqon.kernels.rms_norm_quantize.rms_norm_grad`."""
+    grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
+    out = torch.empty_like(x)
+    sizes = (_INT(x.shape[0]), _INT(x.shape[1]))
+    _f().falqon_rms_norm_grad(_at(grad), _at(x), _at(weight), _at(inverse_rms), *sizes, _at(out))
+    return out
+
+
+def swiglu_quantized(gate: Tensor, up: Tensor) -> Tensor:
+    """`DQ(Q(silu(gate) * up))` in E4M3, with one scale a row; [T, n] each."""
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    _f().falqon_swiglu(_at(gate), _at(up), _INT(gate.shape[0]), _INT(gate.shape[1]), _at(out))
+    return out
+
+
+def swiglu_grad(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """See `falqon.kernels.swiglu_quantize.swiglu_grad`."""
+    grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(gate)
+    given = (_at(grad), _at(gate), _at(up))
+    _f().falqon_swiglu_grad(*given, _INT(gate.numel()), _at(d_gate), _at(d_up))
+    return d_gate, d_up
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, want_grad: bool) -> Tensor:
+    """Losses of rows of logits, which with `want_grad` become the gradient.
+
+    Args:
+        logits: [T, n], contiguous; overwritten.
+        targets: int64 [T], in [0, n).
+        want_grad: make the gradient of the summed losses from the logits.
+
+    Returns:
+        float32 [T].
+    """
+    assert logits.is_contiguous() and targets.dtype == torch.int64
+    targets = targets.contiguous()
+    losses = torch.empty(len(logits), dtype=torch.float32)
+    sizes = (_INT(logits.shape[0]), _INT(logits.shape[1]), _INT(want_grad))
+    _f().falqon_cross_entropy(_at(logits), _at(targets), *sizes, _at(losses))
+    return losses
