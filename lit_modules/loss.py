@@ -17,7 +17,9 @@ from falqon.kernels.native import ops
 # Positions whose logits are in float32 at a time; in the backward pass they are computed again, so
 # that of all positions only the model's own 16-bit logits stay.
 _CHUNK = 512
-_FUSED_CHUNK = 256  # positions that have logits at all at a time
+# Bytes of logits that there are at a time on the fused path. A matmul with the output embedding has
+# to read it all, so the fewer the better.
+_LOGIT_BYTES = 2**27
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 _CHANGES_LOGITS: WeakSet[nn.Module] = WeakSet()
 
@@ -33,9 +35,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         want = hidden.requires_grad
         total = torch.zeros((), dtype=torch.float32)
         grads = []
-        for part, target in zip(
-            hidden.split(_FUSED_CHUNK), targets.split(_FUSED_CHUNK), strict=True
-        ):
+        rows = max(1, _LOGIT_BYTES // (weight.shape[0] * weight.element_size()))
+        for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
             logits = part @ weight.t()
             total += ops.cross_entropy(logits, target, want).sum()
             if want:
