@@ -301,6 +301,10 @@ void falqon_softmax(bf16* scores, const int32_t* first, const int32_t* last, i64
             i64 start = first[at] - offset, end = last[at] - offset;
             start = start < 0 ? 0 : start;
             end = end < start ? start : end;
+            if (start == end) {  // a query that sees nothing, as of padding
+                std::memset(row, 0, size_t(keys) * 2);
+                continue;
+            }
             float largest = -__builtin_inff(), sum = 0.0f;
 #pragma omp simd reduction(max : largest)
             for (i64 i = start; i < end; i++)

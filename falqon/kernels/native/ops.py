@@ -173,3 +173,94 @@ def cross_entropy(logits: Tensor, targets: Tensor, want_grad: bool) -> Tensor:
     sizes = (_INT(logits.shape[0]), _INT(logits.shape[1]), _INT(want_grad))
     _f().falqon_cross_entropy(_at(logits), _at(targets), *sizes, _at(losses))
     return losses
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, kv: int) -> Tensor:
+    """Heads after rotary embedding, with those that share keys side by side.
+
+    Args:
+        x: [b, s, heads, d]; heads and their values side by side in memory.
+        cos, sin: [b or 1, s, d].
+        kv: number of key heads.
+
+    Returns:
+        [b, kv, s, heads / kv, d].
+    """
+    batch, length, heads, d = x.shape
+    x = x if x.stride() == (length * x.stride(1), x.stride(1), d, 1) else x.contiguous()
+    out = x.new_empty(batch, kv, length, heads // kv, d)
+    sizes = (batch, _table_stride(cos), length, kv, heads // kv, d)
+    _f().falqon_rotate(
+        _at(x), _INT(x.stride(1)), _INT(d), _at(cos), _at(sin), *map(_INT, sizes), _at(out)
+    )
+    return out
+
+
+def rotated_grad(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Gradient of the input of `rotated`, [b, s, heads, d].
+
+    Args:
+        grad: [b, kv, s, heads / kv, d], contiguous.
+        cos, sin: [b or 1, s, d].
+    """
+    batch, kv, length, group, d = grad.shape
+    assert grad.is_contiguous()
+    out = grad.new_empty(batch, length, kv * group, d)
+    sizes = (batch, _table_stride(cos), length, kv, group, d)
+    _f().falqon_rotate_grad(_at(grad), _at(cos), _at(sin), *map(_INT, sizes), _at(out))
+    return out
+
+
+def _table_stride(table: Tensor) -> int:
+    assert table.is_contiguous()
+    return table.stride(0) if table.shape[0] > 1 else 0
+
+
+def regrouped(x: Tensor, kv: int) -> Tensor:
+    """[b, s, heads, d] as [b, kv, s, heads / kv, d]; see `rotated`."""
+    batch, length, heads, d = x.shape
+    x = x if x.stride() == (length * x.stride(1), x.stride(1), d, 1) else x.contiguous()
+    out = x.new_empty(batch, kv, length, heads // kv, d)
+    sizes = (x.stride(1), batch, length, kv, heads // kv, d, 0)
+    _f().falqon_regroup(_at(x), *map(_INT, sizes), _at(out))
+    return out
+
+
+def ungrouped(x: Tensor) -> Tensor:
+    """[b, kv, s, group, d], contiguous, as [b, s, heads, d]."""
+    batch, kv, length, group, d = x.shape
+    assert x.is_contiguous()
+    out = x.new_empty(batch, length, kv * group, d)
+    sizes = (kv * group * d, batch, length, kv, group, d, 1)
+    _f().falqon_regroup(_at(x), *map(_INT, sizes), _at(out))
+    return out
+
+
+def softmax_(
+    scores: Tensor, first: Tensor, last: Tensor, query: int, queries: int, offset: int, factor: float
+) -> Tensor:
+    """Softmax of `factor * scores` over each query's keys, in place; zero for all other keys.
+
+    Args:
+        scores: [b * kv, queries * group, keys], contiguous.
+        first, last: int32 [b, s]: query i sees keys first[i] up to, and without, last[i].
+        query, queries: number of the first query, and how many there are.
+        offset: number of the first key.
+        factor: of the scores.
+    """
+    (batch, length), (heads, rows, keys) = first.shape, scores.shape
+    assert scores.is_contiguous() and heads % batch == rows % queries == 0
+    sizes = (batch, heads // batch, length, query, queries, rows // queries, offset, keys)
+    _f().falqon_softmax(
+        _at(scores), _at(first), _at(last), *map(_INT, sizes), ctypes.c_float(factor)
+    )
+    return scores
+
+
+def softmax_grad_(p: Tensor, dp: Tensor, factor: float) -> Tensor:
+    """`factor * p * (dp - sum(p * dp))` over the last dimension, into `dp`; both contiguous."""
+    assert p.is_contiguous() and dp.is_contiguous()
+    keys = p.shape[-1]
+    rows = (_INT(p.numel() // max(1, keys)), _INT(keys))
+    _f().falqon_softmax_grad(_at(p), _at(dp), *rows, ctypes.c_float(factor))
+    return dp
