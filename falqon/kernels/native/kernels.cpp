@@ -22,7 +22,7 @@ static inline bf16 narrow(float x) {
     return bf16((bits & 0x7FFFFFFFu) > 0x7F800000u ? nan : rounded);
 }
 
-// exp(x) for finite x: a relative error below 2e-7; 0 from -87.3 down, infinity from 88.7 up.
+// exp(x) for finite x: a relative error below 2e-7; 0 below -87, infinity from 88.7 up.
 static inline float exponential(float x) {
     float limited = x < -87.33654f ? -87.33654f : x;
     limited = limited > 88.722f ? 88.722f : limited;
@@ -36,11 +36,21 @@ static inline float exponential(float x) {
     p = __builtin_fmaf(p, r, 1.6666665459e-1f);
     p = __builtin_fmaf(p, r, 5.0000001201e-1f);
     p = __builtin_fmaf(p, r * r, r) + 1.0f;
-    // Half of the exponent at a time: 2^128 is none.
-    int whole = int(n), half = whole >> 1;
-    float y = p * from_bits(uint32_t(half + 127) << 23) * from_bits(uint32_t(whole - half + 127) << 23);
-    y = x < -87.33654f ? 0.0f : y;
+    float y = p * from_bits(uint32_t(int(n) + 126) << 23) * 2.0f;  // 2^128 is no float
     return x > 88.722f ? __builtin_inff() : y;
+}
+
+static const i64 KEPT = 4096;  // floats that a thread keeps on its stack
+static const i64 WIDEST = 16;  // of them in a vector register
+
+// The first values of x, at most KEPT, with minus infinity behind them; how many that is.
+static inline i64 padded(const bf16* x, i64 n, float* out) {
+    n = n < KEPT ? n : KEPT;
+    i64 count = (n + WIDEST - 1) / WIDEST * WIDEST;
+    for (i64 i = n; i < count; i++) out[i] = -__builtin_inff();
+#pragma omp simd
+    for (i64 i = 0; i < n; i++) out[i] = widen(x[i]);
+    return count;
 }
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
@@ -305,20 +315,36 @@ void falqon_softmax(bf16* scores, const int32_t* first, const int32_t* last, i64
                 std::memset(row, 0, size_t(keys) * 2);
                 continue;
             }
+            // Whole vectors only: what is past the end is minus infinity, whose exponential is zero.
+            float kept[KEPT + WIDEST];
             float largest = -__builtin_inff(), sum = 0.0f;
+            for (i64 at = start; at < end; at += KEPT) {
+                i64 count = padded(row + at, end - at, kept);
 #pragma omp simd reduction(max : largest)
-            for (i64 i = start; i < end; i++)
-                largest = widen(row[i]) > largest ? widen(row[i]) : largest;
+                for (i64 i = 0; i < count; i++) largest = kept[i] > largest ? kept[i] : largest;
+            }
             float shift = largest * factor;
+            for (i64 at = start; at < end; at += KEPT) {
+                i64 count = end - start > KEPT ? padded(row + at, end - at, kept)
+                                               : (end - start + WIDEST - 1) / WIDEST * WIDEST;
 #pragma omp simd reduction(+ : sum)
-            for (i64 i = start; i < end; i++) {
-                float e = exponential(widen(row[i]) * factor - shift);
-                sum += e;
+                for (i64 i = 0; i < count; i++) {
+                    kept[i] = exponential(kept[i] * factor - shift);
+                    sum += kept[i];
+                }
             }
             float inverse = 1.0f / sum;
+            for (i64 at = start; at < end; at += KEPT) {
+                i64 count = end - at < KEPT ? end - at : KEPT;
+                if (end - start > KEPT) {
+                    i64 wide = padded(row + at, end - at, kept);
 #pragma omp simd
-            for (i64 i = start; i < end; i++)
-                row[i] = narrow(exponential(widen(row[i]) * factor - shift) * inverse);
+                    for (i64 i = 0; i < wide; i++)
+                        kept[i] = exponential(kept[i] * factor - shift);
+                }
+#pragma omp simd
+                for (i64 i = 0; i < count; i++) row[at + i] = narrow(kept[i] * inverse);
+            }
             std::memset(row, 0, size_t(start) * 2);
             std::memset(row + end, 0, size_t(keys - end) * 2);
         }
