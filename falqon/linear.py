@@ -50,14 +50,15 @@ class _MeldedFunction(torch.autograd.Function):
         if native:
             quantize = first.quantize_input if source is None else source
             x_values, *extra = quantize.values(*inputs)  # type: ignore[operator]
-            weights = [melded.decoded(c, s) for c, s in zip(codes, scales, strict=True)]
-            outs, adapters = melded.forward(x_values, weights, biases, first.rank)
+            weights = melded.decoded(codes, scales, first.rank)
+            sizes = [layer.out_features for layer in layers]
+            outs, adapters = melded.forward(x_values, weights, biases, sizes, first.rank)
         else:
             x_codes, x_scale, *extra = (first.quantize_input if source is None else source)(*inputs)
             outs, adapters = first.melded_matmul(x_codes, x_scale, codes, scales, biases, dtype)
         if first.live:
             for layer, out, adapter, proxy in zip(layers, outs, adapters, proxies, strict=True):
-                layer.pending_term(out, adapter, proxy * layer.lora_scaling)
+                layer.pending_term(out, adapter, _scaled(proxy, layer))
         # B is saved rather than read from the layer in backward: autograd then refuses a B that was
         # changed in between.
         kept = () if source is None else (*inputs, *extra)
@@ -78,10 +79,10 @@ class _MeldedFunction(torch.autograd.Function):
         _, _, _, *needed = ctx.needs_input_grad
         grad_inputs: Sequence[Tensor | None] = [None] * count
         if any(needed[:count]):
-            proxies = [p * layer.lora_scaling for p, layer in zip(live, layers)]
+            proxies = [_scaled(p, layer) for p, layer in zip(live, layers, strict=bool(live))]
             if ctx.native:
-                weights = [melded.decoded(c, s) for c, s in zip(codes, scales, strict=True)]
-                grad_input = melded.backward(grads, weights, scales, proxies, first.rank)
+                weights = melded.decoded(codes, scales, first.rank)
+                grad_input = melded.backward(grads, weights, scales, proxies)
             else:
                 joined = joined_gradients(grads, scales, first.backbone_matmul.power_of_two)
                 grad_codes, grad_scale = first.quantize_gradient(joined)
@@ -94,7 +95,7 @@ class _MeldedFunction(torch.autograd.Function):
             grad_inputs = [grad_input] if source is None else source.backward(grad_input, *kept)
         need_proxy, need_bias = (needed[count + i * number :][:number] for i in (2, 3))
         grad_proxies = [
-            layer.proxy_grad(grad, adapter).mul_(layer.lora_scaling) if need else None
+            _scaled(layer.proxy_grad(grad, adapter), layer) if need else None
             for need, layer, grad, adapter in zip(need_proxy, layers, grads, adapters, strict=True)
         ]
         grad_biases = [
@@ -103,6 +104,10 @@ class _MeldedFunction(torch.autograd.Function):
         ]
         nothing = [None] * (2 * number)  # for codes and scales
         return None, None, None, *grad_inputs, *nothing, *grad_proxies, *grad_biases
+
+
+def _scaled(proxy: Tensor, layer: MeldedLinear) -> Tensor:
+    return proxy if layer.lora_scaling == 1 else proxy * layer.lora_scaling
 
 
 def apply_melded(

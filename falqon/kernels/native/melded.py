@@ -10,6 +10,7 @@ Shapes: T tokens, `in`/`out` features, r adapter rank; layers of a group have on
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,59 +31,75 @@ def takes(recipe: Fp8Recipe, codes: Sequence[Tensor], inputs: Sequence[Tensor]) 
     )
 
 
-def decoded(codes: Tensor, scale: Tensor) -> Tensor:
-    """Values of a merged weight, bfloat16 [out + r, in].
+class Weights(NamedTuple):
+    """Values of a group's merged weights.
+
+    Attributes:
+        backbone: bfloat16 [sum of out_i, in].
+        adapter: A of every layer, bfloat16 [r for each layer, in].
+    """
+
+    backbone: Tensor
+    adapter: Tensor
+
+
+def decoded(codes: Sequence[Tensor], scales: Sequence[Tensor], rank: int) -> Weights:
+    """Decode the weights of a group.
 
     Args:
-        codes: uint8 [out + r, in].
-        scale: float32 [1], a power of two.
+        codes: merged weights, uint8 [out_i + r, in].
+        scales: float32 [1] each, powers of two.
+        rank: r.
     """
-    out = torch.empty(codes.shape, dtype=torch.bfloat16)
-    return ops.decode_e4m3(codes, 1.0 / float(scale), out)
+    columns, count = codes[0].shape[1], len(codes)
+    outs = [merged.shape[0] - rank for merged in codes]
+    both = torch.empty(sum(outs) + count * rank, columns, dtype=torch.bfloat16)
+    backbone, adapter = both.split([sum(outs), count * rank])
+    parts = zip(codes, scales, outs, backbone.split(outs), adapter.split(rank), strict=True)
+    for merged, scale, out, to_backbone, to_adapter in parts:
+        factor = 1.0 / float(scale)
+        ops.decode_e4m3(merged[:out], factor, to_backbone)
+        ops.decode_e4m3(merged[out:], factor, to_adapter)
+    return Weights(backbone, adapter)
 
 
 def forward(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], rank: int
+    x: Tensor, weights: Weights, biases: Sequence[Tensor | None], outs: Sequence[int], rank: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """O_i and O_A_i; see `falqon.kernels.melded_matmul.melded_matmul`.
 
     Args:
         x: FP8 values [T, in].
-        weights: what `decoded` gives, for each layer.
+        weights: of the group.
         biases: [out_i] or None each.
+        outs: out_i.
         rank: r.
+
+    Returns:
+        O_i [T, out_i], tensors of their own, and O_A_i [T, r], parts of one tensor.
     """
-    outs, adapters = [], []
-    for weight, bias in zip(weights, biases, strict=True):
-        split = weight.shape[0] - rank
-        out = x @ weight[:split].t()
-        outs.append(out if bias is None else out.add_(bias))
-        adapters.append(x @ weight[split:].t())
-    return outs, adapters
+    results = [x @ weight.t() for weight in weights.backbone.split(list(outs))]
+    for result, bias in zip(results, biases, strict=True):
+        if bias is not None:
+            result.add_(bias)
+    return results, list((x @ weights.adapter.t()).split(rank, dim=1))
 
 
 def backward(
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    proxies: Sequence[Tensor],
-    rank: int,
+    grads: Sequence[Tensor], weights: Weights, scales: Sequence[Tensor], proxies: Sequence[Tensor]
 ) -> Tensor:
     """dL/dx [T, in]: `backbone_matmul` of the quantised gradients, plus the pending change's part.
 
     Args:
         grads: dL/dO_i [T, out_i].
-        weights: what `decoded` gives, for each layer.
+        weights: of the group.
         scales: weight scales, float32 [1] each: gradients are quantised in units of the first's.
         proxies: B_i, times the LoRA scaling, float32 [out_i, r]; none if nothing pending acts.
-        rank: r.
     """
     first = float(scales[0])
-    values = ops.quantized(grads, [first / float(scale) for scale in scales], e5m2=True)
-    backbones = [weight[: weight.shape[0] - rank] for weight in weights]
-    grad_input = values @ (backbones[0] if len(backbones) == 1 else torch.cat(backbones))
+    factors = [1.0] if len(scales) == 1 else [first / float(scale) for scale in scales]
+    grad_input = ops.quantized(grads, factors, e5m2=True) @ weights.backbone
     if proxies:
-        thin = [g @ proxy.to(g.dtype) for g, proxy in zip(grads, proxies, strict=True)]
-        adapters = [weight[weight.shape[0] - rank :] for weight in weights]
-        grad_input.addmm_(torch.cat(thin, dim=1), torch.cat(adapters))
+        thin = [grad @ proxy.to(grad.dtype) for grad, proxy in zip(grads, proxies, strict=True)]
+        grad_input.addmm_(thin[0] if len(thin) == 1 else torch.cat(thin, dim=1), weights.adapter)
     return grad_input
