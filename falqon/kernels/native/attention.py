@@ -23,7 +23,9 @@ from torch.autograd.function import once_differentiable
 
 from falqon.kernels.native import ops
 
-_BLOCK = 128  # queries: with fewer, matmuls get slow; with more, too many unseen keys are multiplied
+_BLOCK = (
+    128  # queries: with fewer, matmuls get slow; with more, too many unseen keys are multiplied
+)
 _SCORES = 2**23  # scores that there are at a time, if blocks of 32 queries allow it
 
 

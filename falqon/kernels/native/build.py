@@ -86,7 +86,31 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"{path} could not compile it: {reason[0] if reason else 'no message'}"
     except (OSError, subprocess.TimeoutExpired) as error:
         return None, f"it could not be compiled or loaded: {error}"
+    keep_freed_memory()
     return library, str(target)
+
+
+_TRIM, _TOP_PAD, _MMAP = -1, -2, -3  # of glibc's mallopt
+_LARGEST = 2**25  # what glibc accepts: larger blocks are always given back at once
+
+
+@lru_cache(maxsize=1)
+def keep_freed_memory() -> bool:
+    """Let the C library keep what was freed, instead of giving it back and asking again.
+
+    A step frees and allocates the same megabytes hundreds of times, and every fresh page costs a
+    fault and is zeroed. What the process holds at its peak it then holds to its end. Not where the
+    environment says how the allocator is to behave (`MALLOC_...`), nor without glibc.
+
+    Returns:
+        Whether that was done.
+    """
+    given = [name for name in os.environ if name.startswith("MALLOC_") or name == "LD_PRELOAD"]
+    if given or platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    settings = ((_MMAP, _LARGEST), (_TRIM, 2**30), (_TOP_PAD, 2**28))
+    return all(libc.mallopt(name, value) == 1 for name, value in settings)
 
 
 def library() -> ctypes.CDLL | None:
@@ -101,4 +125,5 @@ def describe() -> str:
     found, text = _load()
     if found is None:
         return f"Plain torch operations, several times slower beside the matmuls: {text}."
-    return f"Operations beside the matmuls are compiled C++ ({text})."
+    memory = "keeps freed memory" if keep_freed_memory() else "is left as it is"
+    return f"Operations beside the matmuls are compiled C++ ({text}); the allocator {memory}."

@@ -237,7 +237,13 @@ def ungrouped(x: Tensor) -> Tensor:
 
 
 def softmax_(
-    scores: Tensor, first: Tensor, last: Tensor, query: int, queries: int, offset: int, factor: float
+    scores: Tensor,
+    first: Tensor,
+    last: Tensor,
+    query: int,
+    queries: int,
+    offset: int,
+    factor: float,
 ) -> Tensor:
     """Softmax of `factor * scores` over each query's keys, in place; zero for all other keys.
 
