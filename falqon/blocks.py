@@ -178,20 +178,21 @@ class GroupedAttention(Grouped):
         options: dict[str, Any],
     ) -> Tensor | None:
         """Output [b, s, h, head_dim] of the compiled CPU path; None if that does not apply."""
-        query = heads[0]
+        query, key, value = heads
+        cos, sin = rotation
         if (
             self.config._attn_implementation != "sdpa"
             or (self.training and self.attention_dropout)
             or any(options.get(name) for name in _OTHER_ATTENTION)
             or not self.is_causal
             or query.dim() != 4
-            or not attention.takes(*heads, *rotation)
+            or not attention.takes(query, key, value, cos, sin)
         ):
             return None
         ranges = attention.ranges_of(mask, query.shape[0], query.shape[1])
         if ranges is None:
             return None
-        return attention.attend(*heads, *rotation, ranges, self.scaling)
+        return attention.attend(query, key, value, cos, sin, ranges, self.scaling)
 
     def normed_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """What the family does to heads [b, s, h, head_dim] before they are rotated."""

@@ -26,6 +26,16 @@ from falqon.kernels.native import melded
 from falqon.recipe import Fp8Recipe
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody wants to see the module being called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 class _MeldedFunction(torch.autograd.Function):
     """Alg. 2 forward, Alg. 3 backward of layers with one input; see `apply_melded`.
 
@@ -46,15 +56,16 @@ class _MeldedFunction(torch.autograd.Function):
             parameters[i : i + len(layers)] for i in range(0, len(parameters), len(layers))
         )
         first, dtype = layers[0], inputs[0].dtype
-        native = melded.takes(first.recipe, codes, inputs)
+        quantize = first.quantize_input if source is None else source
+        steps = (quantize, first.quantize_gradient, first.melded_matmul, first.backbone_matmul)
+        native = melded.takes(first.recipe, codes, inputs) and not any(map(has_hooks, steps))
         if native:
-            quantize = first.quantize_input if source is None else source
             x_values, *extra = quantize.values(*inputs)  # type: ignore[operator]
             weights = melded.decoded(codes, scales, first.rank)
             sizes = [layer.out_features for layer in layers]
             outs, adapters = melded.forward(x_values, weights, biases, sizes, first.rank)
         else:
-            x_codes, x_scale, *extra = (first.quantize_input if source is None else source)(*inputs)
+            x_codes, x_scale, *extra = quantize(*inputs)
             outs, adapters = first.melded_matmul(x_codes, x_scale, codes, scales, biases, dtype)
         if first.live:
             for layer, out, adapter, proxy in zip(layers, outs, adapters, proxies, strict=True):

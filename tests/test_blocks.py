@@ -218,7 +218,8 @@ def test_moments_are_those_of_single_layers() -> None:
     assert all(moment.any() for moment in found.values())
 
 
-def test_compiles_without_a_break() -> None:
+def test_compiles_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FALQON_NATIVE", "off")  # what is traced is plain torch
     model, _ = make(dtype=torch.bfloat16)
     layer = model.model.layers[1]
     x = torch.randn(2, 5, 32).bfloat16()
