@@ -265,7 +265,8 @@ class FalqonPrecision(Precision):
         assert self.proxy_update is not None
         assert self.scaling is not None
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.proxy_update.step(self.steps, only=held)
+        with torch.profiler.record_function("falqon::update"):
+            self.proxy_update.step(self.steps, only=held)
         self.scaling.advance()
         self.steps += 1
         return result

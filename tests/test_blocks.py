@@ -178,6 +178,7 @@ def test_recorded_states_and_attentions() -> None:
 def test_gradient_checkpointing_changes_nothing(dtype: torch.dtype) -> None:
     model, _ = make(dtype=dtype)
     model.train()
+    model.config.use_cache = False  # as checkpointing does: attention with a cache is another
     logits, wanted = gradients(model, tokens())
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     calls: list[int] = []

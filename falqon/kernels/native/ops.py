@@ -7,8 +7,8 @@ called. Shapes: T tokens, n features.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def _functions() -> ctypes.CDLL | None:
         row = torch.cat([usual.clamp(-most, most), usual.new_full((1,), most)])
         expected = row.to(name).to(_BF16)
         out = torch.empty_like(row)
-        _quantize(found, [row[None]], [1.0], name == torch.float8_e5m2, out)
+        _quantize(found.falqon_quantize, [row[None]], [1.0], name == torch.float8_e5m2, out)
         if not torch.equal(out, expected):
             return None
     return found
@@ -51,10 +51,14 @@ def usable(*tensors: Tensor) -> bool:
     )
 
 
-def _f() -> ctypes.CDLL:
-    found = _functions()
-    assert found is not None
-    return found
+def _call(name: str, *args: object) -> None:
+    """Call a compiled function; a profiler that is running sees it as `falqon::name`."""
+    function = getattr(_functions(), f"falqon_{name}")
+    if torch.autograd._profiler_enabled():  # entering a range costs more than some of the calls
+        with torch.profiler.record_function(f"falqon::{name}"):
+            function(*args)
+    else:
+        function(*args)
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:
@@ -75,12 +79,16 @@ def decode_e4m3(codes: Tensor, factor: float, out: Tensor) -> Tensor:
         out: bfloat16, contiguous, of as many elements.
     """
     assert codes.is_contiguous() and out.is_contiguous() and codes.numel() == out.numel()
-    _f().falqon_decode(_at(codes), _INT(codes.numel()), ctypes.c_float(factor), _at(out))
+    _call("decode", _at(codes), _INT(codes.numel()), ctypes.c_float(factor), _at(out))
     return out
 
 
 def _quantize(
-    found: ctypes.CDLL, parts: Sequence[Tensor], factors: Sequence[float], e5m2: bool, out: Tensor
+    call: Callable[..., None],
+    parts: Sequence[Tensor],
+    factors: Sequence[float],
+    e5m2: bool,
+    out: Tensor,
 ) -> None:
     count = len(parts)
     pointers = (ctypes.c_void_p * count)(*(p.data_ptr() for p in parts))
@@ -88,9 +96,7 @@ def _quantize(
     strides = (_INT * count)(*(p.stride(0) for p in parts))
     scales = (ctypes.c_float * count)(*factors)
     rows = _INT(parts[0].shape[0])
-    found.falqon_quantize(
-        _INT(count), pointers, widths, strides, scales, rows, _INT(e5m2), _at(out)
-    )
+    call(_INT(count), pointers, widths, strides, scales, rows, _INT(e5m2), _at(out))
 
 
 def quantized(parts: Sequence[Tensor], factors: Sequence[float], e5m2: bool = False) -> Tensor:
@@ -108,7 +114,7 @@ def quantized(parts: Sequence[Tensor], factors: Sequence[float], e5m2: bool = Fa
     """
     parts = [_rows(part) for part in parts]
     out = parts[0].new_empty(parts[0].shape[0], sum(part.shape[1] for part in parts))
-    _quantize(_f(), parts, factors, e5m2, out)
+    _quantize(partial(_call, "quantize"), parts, factors, e5m2, out)
     return out
 
 
@@ -126,7 +132,7 @@ def rms_norm_quantized(x: Tensor, weight: Tensor, inverse_rms: Tensor) -> Tensor
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     sizes = (_INT(x.shape[0]), _INT(x.shape[1]))
-    _f().falqon_rms_norm(_at(x), _at(weight), _at(inverse_rms), *sizes, _at(out))
+    _call("rms_norm", _at(x), _at(weight), _at(inverse_rms), *sizes, _at(out))
     return out
 
 
@@ -135,7 +141,7 @@ def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) 
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     sizes = (_INT(x.shape[0]), _INT(x.shape[1]))
-    _f().falqon_rms_norm_grad(_at(grad), _at(x), _at(weight), _at(inverse_rms), *sizes, _at(out))
+    _call("rms_norm_grad", _at(grad), _at(x), _at(weight), _at(inverse_rms), *sizes, _at(out))
     return out
 
 
@@ -143,7 +149,7 @@ def swiglu_quantized(gate: Tensor, up: Tensor) -> Tensor:
     """`DQ(Q(silu(gate) * up))` in E4M3, with one scale a row; [T, n] each."""
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
-    _f().falqon_swiglu(_at(gate), _at(up), _INT(gate.shape[0]), _INT(gate.shape[1]), _at(out))
+    _call("swiglu", _at(gate), _at(up), _INT(gate.shape[0]), _INT(gate.shape[1]), _at(out))
     return out
 
 
@@ -152,7 +158,7 @@ def swiglu_grad(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(gate)
     given = (_at(grad), _at(gate), _at(up))
-    _f().falqon_swiglu_grad(*given, _INT(gate.numel()), _at(d_gate), _at(d_up))
+    _call("swiglu_grad", *given, _INT(gate.numel()), _at(d_gate), _at(d_up))
     return d_gate, d_up
 
 
@@ -171,7 +177,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, want_grad: bool) -> Tensor:
     targets = targets.contiguous()
     losses = torch.empty(len(logits), dtype=torch.float32)
     sizes = (_INT(logits.shape[0]), _INT(logits.shape[1]), _INT(want_grad))
-    _f().falqon_cross_entropy(_at(logits), _at(targets), *sizes, _at(losses))
+    _call("cross_entropy", _at(logits), _at(targets), *sizes, _at(losses))
     return losses
 
 
@@ -190,8 +196,15 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, kv: int) -> Tensor:
     x = x if x.stride() == (length * x.stride(1), x.stride(1), d, 1) else x.contiguous()
     out = x.new_empty(batch, kv, length, heads // kv, d)
     sizes = (batch, _table_stride(cos), length, kv, heads // kv, d)
-    _f().falqon_rotate(
-        _at(x), _INT(x.stride(1)), _INT(d), _at(cos), _at(sin), *map(_INT, sizes), _at(out)
+    _call(
+        "rotate",
+        _at(x),
+        _INT(x.stride(1)),
+        _INT(d),
+        _at(cos),
+        _at(sin),
+        *map(_INT, sizes),
+        _at(out),
     )
     return out
 
@@ -207,7 +220,7 @@ def rotated_grad(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     assert grad.is_contiguous()
     out = grad.new_empty(batch, length, kv * group, d)
     sizes = (batch, _table_stride(cos), length, kv, group, d)
-    _f().falqon_rotate_grad(_at(grad), _at(cos), _at(sin), *map(_INT, sizes), _at(out))
+    _call("rotate_grad", _at(grad), _at(cos), _at(sin), *map(_INT, sizes), _at(out))
     return out
 
 
@@ -222,7 +235,7 @@ def regrouped(x: Tensor, kv: int) -> Tensor:
     x = x if x.stride() == (length * x.stride(1), x.stride(1), d, 1) else x.contiguous()
     out = x.new_empty(batch, kv, length, heads // kv, d)
     sizes = (x.stride(1), batch, length, kv, heads // kv, d, 0)
-    _f().falqon_regroup(_at(x), *map(_INT, sizes), _at(out))
+    _call("regroup", _at(x), *map(_INT, sizes), _at(out))
     return out
 
 
@@ -232,7 +245,7 @@ def ungrouped(x: Tensor) -> Tensor:
     assert x.is_contiguous()
     out = x.new_empty(batch, length, kv * group, d)
     sizes = (kv * group * d, batch, length, kv, group, d, 1)
-    _f().falqon_regroup(_at(x), *map(_INT, sizes), _at(out))
+    _call("regroup", _at(x), *map(_INT, sizes), _at(out))
     return out
 
 
@@ -257,9 +270,7 @@ def softmax_(
     (batch, length), (heads, rows, keys) = first.shape, scores.shape
     assert scores.is_contiguous() and heads % batch == rows % queries == 0
     sizes = (batch, heads // batch, length, query, queries, rows // queries, offset, keys)
-    _f().falqon_softmax(
-        _at(scores), _at(first), _at(last), *map(_INT, sizes), ctypes.c_float(factor)
-    )
+    _call("softmax", _at(scores), _at(first), _at(last), *map(_INT, sizes), ctypes.c_float(factor))
     return scores
 
 
@@ -268,5 +279,5 @@ def softmax_grad_(p: Tensor, dp: Tensor, factor: float) -> Tensor:
     assert p.is_contiguous() and dp.is_contiguous()
     keys = p.shape[-1]
     rows = (_INT(p.numel() // max(1, keys)), _INT(keys))
-    _f().falqon_softmax_grad(_at(p), _at(dp), *rows, ctypes.c_float(factor))
+    _call("softmax_grad", _at(p), _at(dp), *rows, ctypes.c_float(factor))
     return dp
