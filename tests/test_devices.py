@@ -12,6 +12,7 @@ import torch
 from falqon.cli import main
 from falqon.errors import InputError
 from falqon.kernels import backend, devices
+from falqon.kernels.native import build as native
 
 CUDA = torch.device("cuda", 0)
 
