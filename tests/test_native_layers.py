@@ -101,6 +101,16 @@ def test_masks_that_have_no_ranges() -> None:
     assert int(found.first[1, 8]) == 5
 
 
+def test_masks_in_inference_mode() -> None:
+    with torch.inference_mode():
+        mask = torch.ones(1, 1, 9, 9).tril().bool()
+        first = attention.ranges_of(mask, 1, 9)
+        mask[..., :3] = False
+        second = attention.ranges_of(mask, 1, 9)
+    assert first is not None and second is not None
+    assert (int(first.first[0, 8]), int(second.first[0, 8])) == (0, 3)
+
+
 def model(live: bool = True, **changes: Any) -> tuple[nn.Module, FalqonPrecision]:
     torch.manual_seed(0)
     config = LlamaConfig(
