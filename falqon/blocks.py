@@ -30,8 +30,10 @@ from falqon.groups import (
     tie,
 )
 from falqon.kernels import RmsNormQuantize, SwigluQuantize
+from falqon.kernels.native import attention
 from falqon.linear import MeldedLinear, apply_melded
 
+_OTHER_ATTENTION = ("softcap", "position_bias", "output_attentions", "cache", "is_causal")
 ATTENTION_GROUP = ("q_proj", "k_proj", "v_proj")
 MLP_GROUP = ("gate_proj", "up_proj")
 
@@ -109,6 +111,7 @@ class GroupedAttention(Grouped):
     head_dim: Any
     scaling: Any
     attention_dropout: Any
+    is_causal: Any
     o_proj: Any
 
     def extra_arguments(self) -> dict[str, Any]:
@@ -142,7 +145,12 @@ class GroupedAttention(Grouped):
             out.view(*leading, -1, self.head_dim)
             for out in apply_group(self.group(), hidden_states, norm, self.norm_quantize)
         ]
-        query, key, value = (x.transpose(1, 2) for x in self.normed_heads(*heads))
+        heads = list(self.normed_heads(*heads))
+        if past_key_values is None and position_embeddings is not None:
+            out = self._attend_natively(heads, position_embeddings, attention_mask, kwargs)
+            if out is not None:
+                return self.o_proj(out.reshape(*leading, -1)), None
+        query, key, value = (x.transpose(1, 2) for x in heads)
         query, key = self.modeling.apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -161,6 +169,30 @@ class GroupedAttention(Grouped):
             **kwargs,
         )
         return self.o_proj(out.reshape(*leading, -1).contiguous()), weights
+
+    def _attend_natively(
+        self,
+        heads: list[Tensor],
+        rotation: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        options: dict[str, Any],
+    ) -> Tensor | None:
+        """Output [b, s, h, head_dim] of the compiled CPU path; None if that does not apply."""
+        query, key, value = heads
+        cos, sin = rotation
+        if (
+            self.config._attn_implementation != "sdpa"
+            or (self.training and self.attention_dropout)
+            or any(options.get(name) for name in _OTHER_ATTENTION)
+            or not self.is_causal
+            or query.dim() != 4
+            or not attention.takes(query, key, value, cos, sin)
+        ):
+            return None
+        ranges = attention.ranges_of(mask, query.shape[0], query.shape[1])
+        if ranges is None:
+            return None
+        return attention.attend(query, key, value, cos, sin, ranges, self.scaling)
 
     def normed_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """What the family does to heads [b, s, h, head_dim] before they are rotated."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from falqon.errors import InputError
 from falqon.kernels import backend, devices
+from falqon.kernels.native import build as native
 
 _PACKAGES = ("falqon", "torch", "triton", "lightning", "transformers", "datasets", "wandb")
 
@@ -60,7 +62,27 @@ def _cpu() -> dict[str, Any]:
         "instructions": units,
         "memory_gib": _memory_gib(),
         "how": f"{devices.describe(torch.device('cpu'))} {note}",
+        "native": native.describe(),
+        "notes": list(_cpu_notes()),
     }
+
+
+def _cpu_notes() -> Iterator[str]:
+    """What in the environment is known to cost time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = torch.get_num_threads()
+    if cores and threads > cores:
+        yield f"{threads} threads share {cores} cores: set OMP_NUM_THREADS to {cores}."
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    try:
+        mode = pages.read_text()
+    except OSError:
+        return
+    if "[madvise]" in mode and os.environ.get("THP_MEM_ALLOC_ENABLE") != "1":
+        yield (
+            "Huge pages are given on request: THP_MEM_ALLOC_ENABLE=1, set before Python starts, "
+            "makes torch ask for them."
+        )
 
 
 def _cpu_name() -> str:
@@ -108,7 +130,8 @@ def format_report(report: dict[str, Any]) -> str:
     memory = "" if cpu["memory_gib"] is None else f", {cpu['memory_gib']:.0f} GiB"
     units = ", ".join(cpu["instructions"]) or "none of AMX, AVX512-BF16, AVX2"
     lines += [f"cpu: {cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads{memory}"]
-    lines += [f"  instructions: {units}", f"  {cpu['how']}"]
+    lines += [f"  instructions: {units}", f"  {cpu['how']}", f"  {cpu['native']}"]
+    lines += [f"  {note}" for note in cpu["notes"]]
     for number, gpu in enumerate(report["gpus"]):
         lines += [
             "",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from falqon.fp8 import E4M3
 from falqon.kernels import RmsNormQuantize, SwigluQuantize
 from falqon.kernels.operands import are_consecutive
-from falqon.linear import MeldedLinear, apply_melded
+from falqon.linear import MeldedLinear, apply_melded, has_hooks
 from falqon.recipe import Fp8Recipe
 
 
@@ -48,16 +48,6 @@ def swiglu_quantizer(layer: MeldedLinear) -> SwigluQuantize | None:
     """SwiGLU and quantiser in one for a layer's input; None if its recipe does not allow it."""
     return (
         SwigluQuantize(E4M3, layer.recipe.scale_rounding) if fuses_quantizer(layer.recipe) else None
-    )
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to see the module being called."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
     )
 
 

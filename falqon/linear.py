@@ -22,7 +22,18 @@ from falqon.kernels import (
     Quantize,
     joined_gradients,
 )
+from falqon.kernels.native import melded
 from falqon.recipe import Fp8Recipe
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody wants to see the module being called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 class _MeldedFunction(torch.autograd.Function):
@@ -45,16 +56,26 @@ class _MeldedFunction(torch.autograd.Function):
             parameters[i : i + len(layers)] for i in range(0, len(parameters), len(layers))
         )
         first, dtype = layers[0], inputs[0].dtype
-        x_codes, x_scale, *extra = (first.quantize_input if source is None else source)(*inputs)
-        outs, adapters = first.melded_matmul(x_codes, x_scale, codes, scales, biases, dtype)
+        quantize = first.quantize_input if source is None else source
+        steps = (quantize, first.quantize_gradient, first.melded_matmul, first.backbone_matmul)
+        native = melded.takes(first.recipe, codes, inputs) and not any(map(has_hooks, steps))
+        if native:
+            x_values, *extra = quantize.values(*inputs)  # type: ignore[operator]
+            weights = melded.decoded(codes, scales, first.rank)
+            sizes = [layer.out_features for layer in layers]
+            outs, adapters = melded.forward(x_values, weights, biases, sizes, first.rank)
+        else:
+            x_codes, x_scale, *extra = quantize(*inputs)
+            outs, adapters = first.melded_matmul(x_codes, x_scale, codes, scales, biases, dtype)
         if first.live:
             for layer, out, adapter, proxy in zip(layers, outs, adapters, proxies, strict=True):
-                layer.pending_term(out, adapter, proxy * layer.lora_scaling)
+                layer.pending_term(out, adapter, _scaled(proxy, layer))
         # B is saved rather than read from the layer in backward: autograd then refuses a B that was
         # changed in between.
         kept = () if source is None else (*inputs, *extra)
         ctx.save_for_backward(*adapters, *codes, *scales, *(proxies if first.live else ()), *kept)
         ctx.layers, ctx.source, ctx.count, ctx.live = layers, source, count, first.live
+        ctx.native = native
         return tuple(outs)
 
     @staticmethod
@@ -69,19 +90,23 @@ class _MeldedFunction(torch.autograd.Function):
         _, _, _, *needed = ctx.needs_input_grad
         grad_inputs: Sequence[Tensor | None] = [None] * count
         if any(needed[:count]):
-            joined = joined_gradients(grads, scales, first.backbone_matmul.power_of_two)
-            grad_codes, grad_scale = first.quantize_gradient(joined)
-            grad_input = first.backbone_matmul(
-                grad_codes, grad_scale, codes, scales[0], grads[0].dtype
-            )
-            if live:
-                proxies = [p * layer.lora_scaling for p, layer in zip(live, layers, strict=True)]
-                first.pending_term.backward(grad_input, grads, proxies, codes, scales)
+            proxies = [_scaled(p, layer) for p, layer in zip(live, layers, strict=bool(live))]
+            if ctx.native:
+                weights = melded.decoded(codes, scales, first.rank)
+                grad_input = melded.backward(grads, weights, scales, proxies)
+            else:
+                joined = joined_gradients(grads, scales, first.backbone_matmul.power_of_two)
+                grad_codes, grad_scale = first.quantize_gradient(joined)
+                grad_input = first.backbone_matmul(
+                    grad_codes, grad_scale, codes, scales[0], grads[0].dtype
+                )
+                if live:
+                    first.pending_term.backward(grad_input, grads, proxies, codes, scales)
             source = ctx.source
             grad_inputs = [grad_input] if source is None else source.backward(grad_input, *kept)
         need_proxy, need_bias = (needed[count + i * number :][:number] for i in (2, 3))
         grad_proxies = [
-            layer.proxy_grad(grad, adapter).mul_(layer.lora_scaling) if need else None
+            _scaled(layer.proxy_grad(grad, adapter), layer) if need else None
             for need, layer, grad, adapter in zip(need_proxy, layers, grads, adapters, strict=True)
         ]
         grad_biases = [
@@ -90,6 +115,10 @@ class _MeldedFunction(torch.autograd.Function):
         ]
         nothing = [None] * (2 * number)  # for codes and scales
         return None, None, None, *grad_inputs, *nothing, *grad_proxies, *grad_biases
+
+
+def _scaled(proxy: Tensor, layer: MeldedLinear) -> Tensor:
+    return proxy if layer.lora_scaling == 1 else proxy * layer.lora_scaling
 
 
 def apply_melded(

@@ -3,23 +3,61 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+
+from falqon.groups import has_hooks
+from falqon.kernels.native import ops
 
 # Positions whose logits are in float32 at a time; in the backward pass they are computed again, so
 # that of all positions only the model's own 16-bit logits stay.
 _CHUNK = 512
+# Bytes of logits that there are at a time on the fused path. A matmul with the output embedding has
+# to read it all, so the fewer the better.
+_LOGIT_BYTES = 2**27
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+_CHANGES_LOGITS: WeakSet[nn.Module] = WeakSet()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross entropy of `h W^T`, with the gradient of h made in the forward pass.
+
+    Of the logits there are only those of one chunk at a time, in 16 bits. What is saved is dL/dh.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        want = hidden.requires_grad
+        total = torch.zeros((), dtype=torch.float32)
+        grads = []
+        rows = max(1, _LOGIT_BYTES // (weight.shape[0] * weight.element_size()))
+        for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+            logits = part @ weight.t()
+            total += ops.cross_entropy(logits, target, want).sum()
+            if want:
+                grads.append(logits @ weight)
+        if want:
+            ctx.save_for_backward(torch.cat(grads))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (of_hidden,) = ctx.saved_tensors
+        return (of_hidden.float() * grad).to(of_hidden.dtype), None, None
 
 
 def supervised_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Summed next-token loss of the supervised tokens, in float32.
 
     The output embedding is applied to the supervised positions alone: with a vocabulary of tens of
-    thousands, logits of prompts and pads would cost more memory than anything else in the step.
+    thousands, logits of prompts and pads would cost more memory than anything else in the step. On
+    a CPU, with a frozen output embedding, they exist for a chunk of positions at a time.
 
     Args:
         model: a Hugging Face causal LM (any module with `get_output_embeddings`).
@@ -34,17 +72,24 @@ def supervised_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Te
     targets = functional.pad(labels[:, 1:], (0, 1), value=-100)
     mask = targets != -100
     count = mask.sum()
-    if not mask.any():
+    nothing = not mask.any()
+    if nothing:
         mask = torch.zeros_like(mask)
         mask[0, 0] = True
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    if not nothing and model not in _CHANGES_LOGITS and _is_fusible(head):
+        selected = _hidden(model, head, batch, mask)
+        if selected is not None:
+            weight: Tensor = head.weight  # type: ignore[assignment]
+            return _LinearCrossEntropy.apply(selected, weight, targets[mask]), count
+        _CHANGES_LOGITS.add(model)
 
     def select(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0][mask].unsqueeze(0), *args[1:])
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(select)  # type: ignore[operator]
+    hook = head.register_forward_pre_hook(select)
     try:
-        inputs = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
-        logits = model(**inputs, use_cache=False).logits
+        logits = model(**_inputs(batch), use_cache=False).logits
     finally:
         hook.remove()
     parts = zip(logits[0].split(_CHUNK), targets[mask].split(_CHUNK), strict=True)
@@ -53,6 +98,47 @@ def supervised_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Te
         for part, target in parts
     ]
     return torch.stack(losses).sum(), count
+
+
+def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: batch[name] for name in _MODEL_INPUTS if name in batch}
+
+
+def _is_fusible(head: nn.Module) -> bool:
+    """Whether the output embedding is a frozen, plain, unwatched matrix that the CPU path takes."""
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and not head.weight.requires_grad
+        and not has_hooks(head)
+        and ops.usable(head.weight)
+    )
+
+
+def _hidden(
+    model: nn.Module, head: nn.Module, batch: dict[str, Any], mask: Tensor
+) -> Tensor | None:
+    """Inputs of the output embedding at the supervised positions, [n, h].
+
+    None for a model that changes what the output embedding gives, as some cap their logits.
+    """
+    seen: list[Tensor] = []
+
+    def select(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        seen.append(args[0][mask])
+        return (args[0][:, :0], *args[1:])  # no position, but a result that can be told apart
+
+    def note(head: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        seen.append(out)
+
+    hooks = (head.register_forward_pre_hook(select), head.register_forward_hook(note))
+    try:
+        logits = model(**_inputs(batch), use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    is_plain = len(seen) == 2 and logits is seen[1] and ops.usable(seen[0])
+    return seen[0] if is_plain else None
 
 
 def _summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

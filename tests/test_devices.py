@@ -12,6 +12,7 @@ import torch
 from falqon.cli import main
 from falqon.errors import InputError
 from falqon.kernels import backend, devices
+from falqon.kernels.native import build as native
 
 CUDA = torch.device("cuda", 0)
 
@@ -94,6 +95,7 @@ def test_doctor_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert f"torch {torch.__version__}" in text
     assert "cpu: " in text and "FP8 codes are decoded to bfloat16" in text
+    assert native.describe() in text
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["cpu"]["threads"] == torch.get_num_threads()

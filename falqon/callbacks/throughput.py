@@ -10,6 +10,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from falqon.callbacks.utilisation import (
+    Flops,
+    Peaks,
+    count_flops,
+    count_supervised,
+    peaks,
+    utilisation,
+)
 from falqon.parallel.strategies import data_parallel_group
 
 
@@ -36,10 +44,14 @@ def count_tokens(batch: dict[str, Tensor]) -> Tensor:
 class Throughput(Callback):
     """Logs `train/tokens_per_s`: tokens, without padding, a second over all devices.
 
-    Time between logged steps counts, validation does not.
+    And `train/mfu`, the share of the devices' matmul peak that the model's FLOPs make up (see
+    `falqon.callbacks.utilisation`), where the peak is known. Time between logged steps counts,
+    validation does not.
     """
 
     def __init__(self) -> None:
+        self._flops: Flops | None = None
+        self._peaks: Peaks | None = None
         self.total_tokens = 0
         self.total_seconds = 0.0
         self._tokens: Tensor | None = None
@@ -48,6 +60,8 @@ class Throughput(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._flops = count_flops(pl_module)
+        self._peaks = peaks(trainer.strategy.root_device)
         self._tokens, self._since = None, time.perf_counter()
 
     @override
@@ -62,27 +76,36 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        tokens = count_tokens(batch)
+        tokens = torch.stack([count_tokens(batch), count_supervised(batch)])
         self._tokens = tokens if self._tokens is None else self._tokens + tokens
         if not is_log_step(trainer):
             return
-        pl_module.log("train/tokens_per_s", self._count(trainer, self._tokens), prog_bar=True)
+        rate, share = self._count(trainer, self._tokens)
+        pl_module.log("train/tokens_per_s", rate, prog_bar=True)
+        if share is not None:
+            pl_module.log("train/mfu", share)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._tokens is not None:  # steps since the last logged one
             self._count(trainer, self._tokens)
 
-    def _count(self, trainer: Trainer, tokens: Tensor) -> float:
-        """Add tokens to the totals; returns tokens a second since the last call."""
+    def _count(self, trainer: Trainer, counts: Tensor) -> tuple[float, float | None]:
+        """Add to the totals; tokens a second since the last call, and the utilisation."""
         group = data_parallel_group(trainer)
-        total = int(trainer.strategy.reduce(tokens.double(), group, reduce_op="sum"))
-        now = time.perf_counter()  # after the wait for the device that int() is
+        sums = trainer.strategy.reduce(counts.double(), group, reduce_op="sum")
+        total, supervised = sums.tolist()
+        now = time.perf_counter()  # after the wait for the device that tolist() is
         seconds = max(now - self._since, 1e-9)
-        self.total_tokens += total
+        self.total_tokens += int(total)
         self.total_seconds += seconds
         self._tokens, self._since = None, now
-        return total / seconds
+        share = None
+        if self._flops is not None and self._peaks is not None:
+            each = trainer.world_size
+            parts = (total / each, supervised / each, seconds)
+            share = utilisation(self._flops, self._peaks, *parts)
+        return total / seconds, share
 
     @property
     def tokens_per_second(self) -> float:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from falqon.fp8 import Format, quantize
 from falqon.kernels import devices
+from falqon.kernels.native import ops
 from falqon.kernels.quantize import FORMATS
 from falqon.recipe import ScaleRounding
 
@@ -30,10 +31,14 @@ def rms_norm_quantize(
         codes uint8 [T, n]; scale float32 [T, 1]; 1 / rms(x) float32 [T, 1], for the gradient.
     """
     wide = x.to(torch.float32)
-    inverse_rms = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    inverse_rms = _inverse_rms(wide, eps)
     normed = weight * (wide * inverse_rms).to(x.dtype)
     codes, scale = quantize(normed, fmt, "per_token", rounding)
     return codes, scale, inverse_rms
+
+
+def _inverse_rms(wide: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
 
 
 def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> Tensor:
@@ -106,10 +111,17 @@ class RmsNormQuantize(nn.Module):
             return done[0], done[1], done[2]
         return rms_norm_quantize(x, weight, self.eps, self.fmt, self.scale_rounding)
 
+    def values(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Values of the codes, by the compiled CPU path; and 1 / rms(x)."""
+        inverse_rms = _inverse_rms(x.to(torch.float32), self.eps)
+        return ops.rms_norm_quantized(x, weight, inverse_rms), inverse_rms
+
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor
     ) -> tuple[Tensor, None]:
         """Gradients of `x` and of the weight (none); see `rms_norm_grad`."""
+        if ops.usable(grad, x, weight):
+            return ops.rms_norm_grad(grad, x, weight, inverse_rms), None
         if devices.uses_kernels(x) and x.shape[1] <= devices.LONGEST_NORMED_ROW:
             return rms_norm_grad_gpu(grad, x, weight, inverse_rms), None
         return rms_norm_grad(grad, x, weight, inverse_rms), None

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from falqon.fp8 import Format, quantize
 from falqon.kernels import devices
+from falqon.kernels.native import ops
 from falqon.kernels.quantize import FORMATS
 from falqon.recipe import ScaleRounding
 
@@ -92,8 +93,14 @@ class SwigluQuantize(nn.Module):
             return done[0], done[1]
         return swiglu_quantize(gate, up, self.fmt, self.scale_rounding)
 
+    def values(self, gate: Tensor, up: Tensor) -> tuple[Tensor]:
+        """Values of the codes, by the compiled CPU path."""
+        return (ops.swiglu_quantized(gate, up),)
+
     def backward(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of gate and up; see `swiglu_grad`."""
+        if ops.usable(grad, gate, up):
+            return ops.swiglu_grad(grad, gate, up)
         if devices.uses_kernels(gate):
             both = swiglu_grad_gpu(grad, gate, up)
             return both[0], both[1]

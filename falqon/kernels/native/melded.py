@@ -1,0 +1,105 @@
+"""Melded layers on a CPU: FP8 values straight in bfloat16, between matrix products of torch.
+
+The same numbers as the reference path's, to the last bit: codes are never written, only the values
+that they would be decoded to, and scales that are powers of two are exact wherever they are
+applied. For recipes with one dynamic, power-of-two scale a token; see `takes`.
+
+Shapes: T tokens, `in`/`out` features, r adapter rank; layers of a group have one input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from falqon.kernels.native import ops
+from falqon.recipe import Fp8Recipe
+
+
+def takes(recipe: Fp8Recipe, codes: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Whether this path computes layers of a recipe with these codes and inputs."""
+    return (
+        recipe.emulate == "fp8"
+        and recipe.scaling == "dynamic"
+        and recipe.activations == recipe.gradients == "per_token"
+        and recipe.scale_rounding == recipe.weight_scale_rounding == "power_of_two"
+        and all(type(c) is torch.nn.Parameter and c.is_contiguous() for c in codes)
+        and ops.usable(*inputs)
+    )
+
+
+class Weights(NamedTuple):
+    """Values of a group's merged weights.
+
+    Attributes:
+        backbone: bfloat16 [sum of out_i, in].
+        adapter: A of every layer, bfloat16 [r for each layer, in].
+    """
+
+    backbone: Tensor
+    adapter: Tensor
+
+
+def decoded(codes: Sequence[Tensor], scales: Sequence[Tensor], rank: int) -> Weights:
+    """Decode the weights of a group.
+
+    Args:
+        codes: merged weights, uint8 [out_i + r, in].
+        scales: float32 [1] each, powers of two.
+        rank: r.
+    """
+    columns, count = codes[0].shape[1], len(codes)
+    outs = [merged.shape[0] - rank for merged in codes]
+    both = torch.empty(sum(outs) + count * rank, columns, dtype=torch.bfloat16)
+    backbone, adapter = both.split([sum(outs), count * rank])
+    parts = zip(codes, scales, outs, backbone.split(outs), adapter.split(rank), strict=True)
+    for merged, scale, out, to_backbone, to_adapter in parts:
+        factor = 1.0 / float(scale)
+        ops.decode_e4m3(merged[:out], factor, to_backbone)
+        ops.decode_e4m3(merged[out:], factor, to_adapter)
+    return Weights(backbone, adapter)
+
+
+def forward(
+    x: Tensor, weights: Weights, biases: Sequence[Tensor | None], outs: Sequence[int], rank: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """O_i and O_A_i; see `falqon.kernels.melded_matmul.melded_matmul`.
+
+    Args:
+        x: FP8 values [T, in].
+        weights: of the group.
+        biases: [out_i] or None each.
+        outs: out_i.
+        rank: r.
+
+    Returns:
+        O_i [T, out_i], tensors of their own, and O_A_i [T, r], parts of one tensor.
+    """
+    results = [x @ weight.t() for weight in weights.backbone.split(list(outs))]
+    for result, bias in zip(results, biases, strict=True):
+        if bias is not None:
+            result.add_(bias)
+    return results, list((x @ weights.adapter.t()).split(rank, dim=1))
+
+
+def backward(
+    grads: Sequence[Tensor], weights: Weights, scales: Sequence[Tensor], proxies: Sequence[Tensor]
+) -> Tensor:
+    """dL/dx [T, in]: `backbone_matmul` of the quantised gradients, plus the pending change's part.
+
+    Args:
+        grads: dL/dO_i [T, out_i].
+        weights: of the group.
+        scales: weight scales, float32 [1] each: gradients are quantised in units of the first's.
+        proxies: B_i, times the LoRA scaling, float32 [out_i, r]; none if nothing pending acts.
+    """
+    first = float(scales[0])
+    factors = [1.0] if len(scales) == 1 else [first / float(scale) for scale in scales]
+    grad_input = ops.quantized(grads, factors, e5m2=True) @ weights.backbone
+    if proxies:
+        thin = [grad @ proxy.to(grad.dtype) for grad, proxy in zip(grads, proxies, strict=True)]
+        grad_input.addmm_(thin[0] if len(thin) == 1 else torch.cat(thin, dim=1), weights.adapter)
+    return grad_input

@@ -1,0 +1,283 @@
+"""Typed wrappers of kernels.cpp: tensors in, tensors out.
+
+All take bfloat16 CPU tensors and scales that are powers of two; `usable` says whether they can be
+called. Shapes: T tokens, n features.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+
+from falqon.kernels.native.build import library, wanted
+
+_INT = ctypes.c_int64
+_BF16 = torch.bfloat16
+
+
+@lru_cache(maxsize=1)
+def _functions() -> ctypes.CDLL | None:
+    """The library after a look at whether it rounds as torch does, on every bfloat16 value."""
+    found = library()
+    if found is None:
+        return None
+    values = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(_BF16)
+    usual = values[values.abs() <= 2**15].view(-1)
+    for name, most in ((torch.float8_e4m3fn, 448.0), (torch.float8_e5m2, 57344.0)):
+        # One row with the format's largest value has scale 1.
+        row = torch.cat([usual.clamp(-most, most), usual.new_full((1,), most)])
+        expected = row.to(name).to(_BF16)
+        out = torch.empty_like(row)
+        _quantize(found.falqon_quantize, [row[None]], [1.0], name == torch.float8_e5m2, out)
+        if not torch.equal(out, expected):
+            return None
+    return found
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the compiled functions exist and take these tensors (any strides)."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(
+            type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" and t.dtype == _BF16
+            for t in tensors
+        )
+        and wanted()
+        and _functions() is not None
+    )
+
+
+def _call(name: str, *args: object) -> None:
+    """Call a compiled function; a profiler that is running sees it as `falqon::name`."""
+    function = getattr(_functions(), f"falqon_{name}")
+    if torch.autograd._profiler_enabled():  # entering a range costs more than some of the calls
+        with torch.profiler.record_function(f"falqon::{name}"):
+            function(*args)
+    else:
+        function(*args)
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _rows(x: Tensor) -> Tensor:
+    """With values of a row side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def decode_e4m3(codes: Tensor, factor: float, out: Tensor) -> Tensor:
+    """Values of E4M3 codes times a power of two, into `out`.
+
+    Args:
+        codes: uint8, contiguous.
+        factor: power of two.
+        out: bfloat16, contiguous, of as many elements.
+    """
+    assert codes.is_contiguous() and out.is_contiguous() and codes.numel() == out.numel()
+    _call("decode", _at(codes), _INT(codes.numel()), ctypes.c_float(factor), _at(out))
+    return out
+
+
+def _quantize(
+    call: Callable[..., None],
+    parts: Sequence[Tensor],
+    factors: Sequence[float],
+    e5m2: bool,
+    out: Tensor,
+) -> None:
+    count = len(parts)
+    pointers = (ctypes.c_void_p * count)(*(p.data_ptr() for p in parts))
+    widths = (_INT * count)(*(p.shape[1] for p in parts))
+    strides = (_INT * count)(*(p.stride(0) for p in parts))
+    scales = (ctypes.c_float * count)(*factors)
+    rows = _INT(parts[0].shape[0])
+    call(_INT(count), pointers, widths, strides, scales, rows, _INT(e5m2), _at(out))
+
+
+def quantized(parts: Sequence[Tensor], factors: Sequence[float], e5m2: bool = False) -> Tensor:
+    """`DQ(Q([f_0 x_0 | f_1 x_1 | ...]))`, its parts divided by their factors again, in bfloat16.
+
+    A row has one scale.
+
+    Args:
+        parts: [T, n_i].
+        factors: powers of two.
+        e5m2: to E5M2 instead of E4M3.
+
+    Returns:
+        [T, sum of n_i].
+    """
+    parts = [_rows(part) for part in parts]
+    out = parts[0].new_empty(parts[0].shape[0], sum(part.shape[1] for part in parts))
+    _quantize(partial(_call, "quantize"), parts, factors, e5m2, out)
+    return out
+
+
+def rms_norm_quantized(x: Tensor, weight: Tensor, inverse_rms: Tensor) -> Tensor:
+    """`DQ(Q(w * (x * inverse_rms)))` in E4M3, with one scale a row.
+
+    Args:
+        x: [T, n].
+        weight: w, [n].
+        inverse_rms: float32 [T, 1].
+
+    Returns:
+        [T, n].
+    """
+    x, weight = x.contiguous(), weight.contiguous()
+    out = torch.empty_like(x)
+    sizes = (_INT(x.shape[0]), _INT(x.shape[1]))
+    _call("rms_norm", _at(x), _at(weight), _at(inverse_rms), *sizes, _at(out))
+    return out
+
+
+def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> Tensor:
+    """See `falqon.kernels.rms_norm_quantize.rms_norm_grad`."""
+    grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
+    out = torch.empty_like(x)
+    sizes = (_INT(x.shape[0]), _INT(x.shape[1]))
+    _call("rms_norm_grad", _at(grad), _at(x), _at(weight), _at(inverse_rms), *sizes, _at(out))
+    return out
+
+
+def swiglu_quantized(gate: Tensor, up: Tensor) -> Tensor:
+    """`DQ(Q(silu(gate) * up))` in E4M3, with one scale a row; [T, n] each."""
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    _call("swiglu", _at(gate), _at(up), _INT(gate.shape[0]), _INT(gate.shape[1]), _at(out))
+    return out
+
+
+def swiglu_grad(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """See `falqon.kernels.swiglu_quantize.swiglu_grad`."""
+    grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(gate)
+    given = (_at(grad), _at(gate), _at(up))
+    _call("swiglu_grad", *given, _INT(gate.numel()), _at(d_gate), _at(d_up))
+    return d_gate, d_up
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, want_grad: bool) -> Tensor:
+    """Losses of rows of logits, which with `want_grad` become the gradient.
+
+    Args:
+        logits: [T, n], contiguous; overwritten.
+        targets: int64 [T], in [0, n).
+        want_grad: make the gradient of the summed losses from the logits.
+
+    Returns:
+        float32 [T].
+    """
+    assert logits.is_contiguous() and targets.dtype == torch.int64
+    targets = targets.contiguous()
+    losses = torch.empty(len(logits), dtype=torch.float32)
+    sizes = (_INT(logits.shape[0]), _INT(logits.shape[1]), _INT(want_grad))
+    _call("cross_entropy", _at(logits), _at(targets), *sizes, _at(losses))
+    return losses
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, kv: int) -> Tensor:
+    """Heads after rotary embedding, with those that share keys side by side.
+
+    Args:
+        x: [b, s, heads, d]; heads and their values side by side in memory.
+        cos, sin: [b or 1, s, d].
+        kv: number of key heads.
+
+    Returns:
+        [b, kv, s, heads / kv, d].
+    """
+    batch, length, heads, d = x.shape
+    x = x if x.stride() == (length * x.stride(1), x.stride(1), d, 1) else x.contiguous()
+    out = x.new_empty(batch, kv, length, heads // kv, d)
+    sizes = (batch, _table_stride(cos), length, kv, heads // kv, d)
+    _call(
+        "rotate",
+        _at(x),
+        _INT(x.stride(1)),
+        _INT(d),
+        _at(cos),
+        _at(sin),
+        *map(_INT, sizes),
+        _at(out),
+    )
+    return out
+
+
+def rotated_grad(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Gradient of the input of `rotated`, [b, s, heads, d].
+
+    Args:
+        grad: [b, kv, s, heads / kv, d], contiguous.
+        cos, sin: [b or 1, s, d].
+    """
+    batch, kv, length, group, d = grad.shape
+    assert grad.is_contiguous()
+    out = grad.new_empty(batch, length, kv * group, d)
+    sizes = (batch, _table_stride(cos), length, kv, group, d)
+    _call("rotate_grad", _at(grad), _at(cos), _at(sin), *map(_INT, sizes), _at(out))
+    return out
+
+
+def _table_stride(table: Tensor) -> int:
+    assert table.is_contiguous()
+    return table.stride(0) if table.shape[0] > 1 else 0
+
+
+def regrouped(x: Tensor, kv: int) -> Tensor:
+    """[b, s, heads, d] as [b, kv, s, heads / kv, d]; see `rotated`."""
+    batch, length, heads, d = x.shape
+    x = x if x.stride() == (length * x.stride(1), x.stride(1), d, 1) else x.contiguous()
+    out = x.new_empty(batch, kv, length, heads // kv, d)
+    sizes = (x.stride(1), batch, length, kv, heads // kv, d, 0)
+    _call("regroup", _at(x), *map(_INT, sizes), _at(out))
+    return out
+
+
+def ungrouped(x: Tensor) -> Tensor:
+    """[b, kv, s, group, d], contiguous, as [b, s, heads, d]."""
+    batch, kv, length, group, d = x.shape
+    assert x.is_contiguous()
+    out = x.new_empty(batch, length, kv * group, d)
+    sizes = (kv * group * d, batch, length, kv, group, d, 1)
+    _call("regroup", _at(x), *map(_INT, sizes), _at(out))
+    return out
+
+
+def softmax_(
+    scores: Tensor,
+    first: Tensor,
+    last: Tensor,
+    query: int,
+    queries: int,
+    offset: int,
+    factor: float,
+) -> Tensor:
+    """Softmax of `factor * scores` over each query's keys, in place; zero for all other keys.
+
+    Args:
+        scores: [b * kv, queries * group, keys], contiguous.
+        first, last: int32 [b, s]: query i sees keys first[i] up to, and without, last[i].
+        query, queries: number of the first query, and how many there are.
+        offset: number of the first key.
+        factor: of the scores.
+    """
+    (batch, length), (heads, rows, keys) = first.shape, scores.shape
+    assert scores.is_contiguous() and heads % batch == rows % queries == 0
+    sizes = (batch, heads // batch, length, query, queries, rows // queries, offset, keys)
+    _call("softmax", _at(scores), _at(first), _at(last), *map(_INT, sizes), ctypes.c_float(factor))
+    return scores
+
+
+def softmax_grad_(p: Tensor, dp: Tensor, factor: float) -> Tensor:
+    """`factor * p * (dp - sum(p * dp))` over the last dimension, into `dp`; both contiguous."""
+    assert p.is_contiguous() and dp.is_contiguous()
+    keys = p.shape[-1]
+    rows = (_INT(p.numel() // max(1, keys)), _INT(keys))
+    _call("softmax_grad", _at(p), _at(dp), *rows, ctypes.c_float(factor))
+    return dp

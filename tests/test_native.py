@@ -1,0 +1,184 @@
+"""The CPU path's compiled operations against plain torch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from falqon.errors import InputError
+from falqon.fp8 import E4M3, E5M2, Format, decode, quantize
+from falqon.kernels.native import build, ops
+from falqon.kernels.rms_norm_quantize import rms_norm_grad, rms_norm_quantize
+
+needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+BF16 = torch.bfloat16
+
+
+def all_values() -> Tensor:
+    """Every bfloat16, [65536]: infinities and NaN included."""
+    return torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(BF16)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal bits, but for which NaN it is."""
+    nan = a.isnan()
+    return torch.equal(nan, b.isnan()) and torch.equal(
+        a[~nan].view(torch.int16), b[~nan].view(torch.int16)
+    )
+
+
+def reference(x: Tensor, fmt: Format) -> Tensor:
+    codes, scale = quantize(x, fmt, "per_token")
+    return decode(codes, fmt, BF16) * (1.0 / scale).to(BF16)
+
+
+@needs_compiler
+def test_is_compiled_and_rounds_as_torch() -> None:
+    assert ops.usable(torch.zeros(1, 1, dtype=BF16))
+    assert not ops.usable(torch.zeros(1, 1))
+
+
+@needs_compiler
+@pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda f: f.name)
+def test_quantized_is_that_of_plain_torch(fmt: Format) -> None:
+    values = all_values()
+    for rows in (values[:, None], values.view(256, 256), values[values.isfinite()].view(-1, 255)):
+        assert same(ops.quantized([rows], [1.0], fmt is E5M2), reference(rows, fmt))
+    x = torch.randn(7, 77, dtype=BF16) * 1e-3
+    x[2] = 0
+    x[3, 5], x[4, 0], x[5, 1] = torch.nan, torch.inf, -torch.inf
+    assert same(ops.quantized([x], [1.0], fmt is E5M2), reference(x, fmt))
+    assert ops.quantized([x[:0]], [1.0]).shape == (0, 77)
+
+
+@needs_compiler
+def test_quantized_parts_share_a_scale() -> None:
+    a, b = torch.randn(9, 33, dtype=BF16), torch.randn(9, 80, dtype=BF16)[:, 7:40]
+    ours = ops.quantized([a, b], [1.0, 0.25], e5m2=True)
+    joined = reference(torch.cat([a, b * 0.25], dim=1), E5M2)
+    joined[:, 33:] *= 4
+    assert torch.equal(ours, joined)
+
+
+@needs_compiler
+@pytest.mark.parametrize("factor", [1.0, 2.0**-9, 2.0**20])
+def test_decode(factor: float) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(3)
+    out = ops.decode_e4m3(codes, factor, torch.empty(768, dtype=BF16))
+    assert same(out, decode(codes, E4M3, BF16) * factor)
+
+
+@needs_compiler
+def test_swiglu_for_every_gate() -> None:
+    gate = all_values()
+    gate = gate[gate.isfinite()].view(-1, 255)
+    up = torch.randn(gate.shape).to(BF16)
+    grad = torch.randn(gate.shape).to(BF16)
+    silu = functional.silu(gate)
+    assert same(ops.swiglu_quantized(gate, up), reference(silu * up, E4M3))
+    of_gate, of_up = ops.swiglu_grad(grad, gate, up)
+    assert same(of_up, grad * silu)
+    assert same(of_gate, torch.ops.aten.silu_backward(grad * up, gate))
+
+
+@needs_compiler
+def test_rms_norm() -> None:
+    x, grad = torch.randn(50, 576).to(BF16) * 3, torch.randn(50, 576).to(BF16)
+    weight = torch.randn(576).to(BF16)
+    codes, scale, inverse = rms_norm_quantize(x, weight, 1e-5, E4M3, "power_of_two")
+    expected = decode(codes, E4M3, BF16) * (1.0 / scale).to(BF16)
+    assert torch.equal(ops.rms_norm_quantized(x, weight, inverse), expected)
+    # The mean is summed in another order: a last bit now and then.
+    ours, theirs = (f(grad, x, weight, inverse).float() for f in (ops.rms_norm_grad, rms_norm_grad))
+    assert (ours != theirs).float().mean() < 1e-3
+    torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("classes", [5, 1000, 3001])
+def test_cross_entropy(classes: int) -> None:
+    logits = (torch.randn(13, classes) * 4).to(BF16)
+    targets = torch.randint(0, classes, (13,))
+    exact = logits.double().requires_grad_()
+    expected = functional.cross_entropy(exact, targets, reduction="none")
+    expected.sum().backward()
+    assert exact.grad is not None
+    kept = logits.clone()
+    torch.testing.assert_close(
+        ops.cross_entropy(kept, targets, False).double(), expected.detach(), rtol=1e-6, atol=1e-5
+    )
+    assert torch.equal(kept, logits)
+    losses = ops.cross_entropy(kept, targets, True)
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(kept.double(), exact.grad, rtol=2**-8, atol=1e-7)
+
+
+@needs_compiler
+def test_number_of_threads_changes_nothing() -> None:
+    x, weight = torch.randn(101, 300).to(BF16), torch.randn(300).to(BF16)
+    inverse = torch.rand(101, 1)
+    targets = torch.randint(0, 300, (101,))
+
+    def results() -> list[Tensor]:
+        return [
+            ops.quantized([x], [1.0]),
+            ops.rms_norm_grad(x, x, weight, inverse),
+            *ops.swiglu_grad(x, x, x),
+            ops.cross_entropy(x.clone(), targets, True),
+        ]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = results()
+        torch.set_num_threads(3)
+        assert all(map(torch.equal, one, results()))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """Nothing compiled or loaded yet, and an empty cache."""
+    monkeypatch.setenv("FALQON_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "_load", build._load.__wrapped__)
+    return monkeypatch
+
+
+def test_without_a_compiler(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv("CXX", "/nowhere/c++")
+    assert build.library() is None
+    assert "no C++ compiler" in build.describe()
+
+
+@needs_compiler
+def test_compiler_that_fails(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fresh.setenv("CXX", shutil.which("false") or "false")
+    assert build.library() is None
+    assert "could not compile" in build.describe()
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_compiler
+def test_is_compiled_once(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert build.library() is not None
+    (made,) = tmp_path.iterdir()
+    before = made.stat().st_mtime_ns
+    assert build.library() is not None
+    assert [made] == list(tmp_path.iterdir())
+    assert made.stat().st_mtime_ns == before
+    assert str(made) in build.describe()
+
+
+def test_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FALQON_NATIVE", "off")
+    assert build.library() is None
+    assert not ops.usable(torch.zeros(1, 1, dtype=BF16))
+    monkeypatch.setenv("FALQON_NATIVE", "on")
+    with pytest.raises(InputError, match="FALQON_NATIVE is 'on'; choose auto or off"):
+        build.library()
