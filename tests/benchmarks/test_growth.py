@@ -1,0 +1,52 @@
+"""benchmarks.growth: what it measures, on a stack of the smallest size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.growth import main
+
+SHAPE = {"length": 8, "hidden": 32, "intermediate": 64, "heads": 2, "kv-heads": 1, "repeats": 2}
+SMALL = [*(f"--{k}={v}" for k, v in SHAPE.items()), "--layers", "1", "2", "--ranks", "4"]
+
+
+def test_steps_are_measured_by_tokens_layers_and_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["steps", *SMALL, "--tokens", "8", "16"]) == 0
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    factors = [[cell.strip() for cell in row] for row in rows]
+    assert [row[:4] for row in factors] == [
+        ["tokens", "8", "2", "4"],
+        ["tokens", "16", "2", "4"],
+        ["layers", "16", "1", "4"],
+        ["layers", "16", "2", "4"],
+        ["rank", "16", "2", "4"],
+    ]
+    assert all(float(row[4]) > 0 for row in factors)
+    assert [row[7] for row in factors] == ["1.00", "2.00", "1.00", "2.00", "1.00"]
+
+
+def test_rows_that_do_not_come_out_even_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["steps", *SMALL, "--tokens", "12"]) == 2
+    assert "multiples of --length, 8" in capsys.readouterr().err
+
+
+def test_start_names_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    assert main(["start", "--model", str(tmp_path), "--rank", "4", "--count", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "meld" in printed and "for 2 layers" in printed
+    energies = [float(part.split("%")[0]) for part in printed.split("energy ")[1:]]
+    assert 0 < energies[0] <= energies[1] + 0.01 < 100  # the full SVD is the best there is
