@@ -14,8 +14,9 @@ TORCH = $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 quickstart: $(VENV)/.installed
 	$(BIN)/python train.py fit --config configs/quickstart.yaml
 
+# Two processes of one thread: many tests start processes of their own, and wait for them.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
