@@ -9,10 +9,13 @@ PARTS = ("matmul", "casts", "attention", "loss", "optimizer", "update", "other")
 UPDATES = ("falqon::update", "method::update")
 """Ranges that the trainer marks for what a method does after the optimizer's step."""
 
+_RANGES = {"update": UPDATES, "attention": ("falqon::attention",)}
+
 # By the operation's name; the first that fits counts.
 _NAMES = (
     ("loss", ("cross_entropy", "log_softmax", "nll_loss")),
     ("attention", ("scaled_dot_product", "flash_attention", "efficient_attention", "_softmax")),
+    ("other", ("falqon::rotate",)),  # as the rotation of any other method
     ("optimizer", ("_fused_adam", "_foreach_", "Optimizer.step", "_fused_sgd")),
     (
         "matmul",
@@ -20,7 +23,18 @@ _NAMES = (
     ),
     (
         "casts",
-        ("_to_copy", "::to", "copy_", "quantize", "amax", "clamp", "round", "frexp", "absmax"),
+        (
+            "_to_copy",
+            "::to",
+            "copy_",
+            "quantize",
+            "amax",
+            "clamp",
+            "round",
+            "frexp",
+            "absmax",
+            "decode",
+        ),
     ),
 )
 
@@ -45,7 +59,9 @@ def breakdown(events: Iterable[Any]) -> dict[str, float]:
     seconds = dict.fromkeys(PARTS, 0.0)
     on_device = dict.fromkeys(PARTS, 0.0)
     for event in events:
-        part = "update" if _within(event, UPDATES) else part_of(event.name)
+        part = part_of(event.name)
+        for name, ranges in _RANGES.items():
+            part = name if _within(event, ranges) else part
         seconds[part] += event.self_cpu_time_total / 1e6
         on_device[part] += event.self_device_time_total / 1e6
     return on_device if any(on_device.values()) else seconds

@@ -58,7 +58,10 @@ class _MeldedFunction(torch.autograd.Function):
         first, dtype = layers[0], inputs[0].dtype
         quantize = first.quantize_input if source is None else source
         steps = (quantize, first.quantize_gradient, first.melded_matmul, first.backbone_matmul)
-        native = melded.takes(first.recipe, codes, inputs) and not any(map(has_hooks, steps))
+        # Whoever replaced a step (tensor parallelism) or looks at one wants it to be called.
+        own = type(first.melded_matmul), type(first.backbone_matmul)
+        native = own == (MeldedMatmul, BackboneMatmul) and not any(map(has_hooks, steps))
+        native = native and melded.takes(first.recipe, codes, inputs)
         if native:
             x_values, *extra = quantize.values(*inputs)  # type: ignore[operator]
             weights = melded.decoded(codes, scales, first.rank)

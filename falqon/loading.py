@@ -17,14 +17,16 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from falqon.checkpoint import LAST, SERVED
+from falqon.delta.directory import MANIFEST
 from falqon.errors import InputError
 from falqon.export.source import Trained, read_trained
 from falqon.meld import melded_layers
-from falqon.premeld.directory import DTYPES, MeldedDirectory, open_melded
+from falqon.premeld.directory import DTYPES, MeldedDirectory, open_melded, original_of
 from falqon.premeld.load import build_melded, load_melded
 from falqon.pretrained import (
     ModelSource,
     check_complete,
+    check_export,
     load_config,
     load_model,
     load_tokenizer,
@@ -155,6 +157,11 @@ def open_model(
         )
         digest = trained.training_sha256 if hashed else None
         return replace(opened, description=replace(opened.description, sha256=digest))
+    if (path / MANIFEST).is_file():
+        raise InputError(
+            f"{name} is a delta: make the model with falqon apply {name} --output DIR, or put it "
+            "into its base with falqon.load_delta."
+        )
     source = resolve(name)
     if source.is_local and (directory := open_melded(source.path)) is not None:
         opened = _open_melded(name, source, directory, attn_implementation)
@@ -248,11 +255,7 @@ def _open_trained(
         )
     revision = revision or (None if base else origin.get("revision"))
     source = resolve(outline)
-    # Trained from a directory of `falqon meld`: the untuned model is what was melded there.
-    melded = open_melded(source.path) if source.is_local else None
-    untuned = (outline, revision)
-    if melded is not None:
-        untuned = melded.manifest["source"]["name"], melded.manifest["source"]["revision"]
+    untuned = original_of(outline, revision)
     description = Description(
         name=name,
         kind="checkpoint",
@@ -364,6 +367,7 @@ def _open_exported(
     revision: str | None,
     attn_implementation: str,
 ) -> Opened:
+    check_export(source)
     if importlib.util.find_spec("compressed_tensors") is None:
         raise InputError(
             f"{name} is stored as compressed-tensors, and the package that reads it is missing: "

@@ -465,7 +465,8 @@ class LitCausalLM(LightningModule):
         What is as it was at the start is left out.
         """
         plugin = self.trainer.precision_plugin
-        if isinstance(plugin, FalqonPrecision) and not self.saves_all_weights:
+        whole = self.saves_all_weights or is_sharding(self.trainer.strategy)
+        if isinstance(plugin, FalqonPrecision) and not whole:
             plugin.pack_checkpoint(checkpoint)
         data = getattr(self.trainer, "datamodule", None)
         checkpoint["LitCausalLM"] = {

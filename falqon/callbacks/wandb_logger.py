@@ -105,6 +105,15 @@ def make_wandb_logger(
     )
 
 
+def is_disabled(settings: WandbSettings) -> bool:
+    """Whether `make_wandb_logger` would give None.
+
+    Raises:
+        InputError: WANDB_MODE has an unknown value.
+    """
+    return _decide(settings.mode) == "disabled"
+
+
 class _Logger(WandbLogger):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

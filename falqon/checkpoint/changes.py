@@ -128,10 +128,10 @@ def unpack(
     """
     if not is_small(checkpoint):
         if not _are_sharded(states):  # whose checkpoints hold all weights
-            _note(checkpoint["state_dict"], layers, states)
+            _note(checkpoint, layers, states)
         return
     changes = checkpoint[KEY]
-    _check(changes, layers, where)
+    _check(changes, {name: state.layer for name, state in states.items()}, where)
     if base is None:
         raise CheckpointError(
             f"{where} holds changes only, and the model that they belong to was not hashed before "
@@ -154,7 +154,7 @@ def unpack(
         written = rows[: -layer.rank]
         states[name].touch(written)
         if name in applied:
-            whole = torch.zeros(layer.out_features, layer.rank)
+            whole = torch.zeros(states[name].layer.out_features, layer.rank)
             whole[written] = applied[name]
             applied[name] = whole
     for name, tensor in module.state_dict().items():
@@ -166,9 +166,17 @@ def _are_sharded(states: Mapping[str, RowState]) -> bool:
 
 
 def _note(
-    state: Mapping[str, Tensor], layers: Mapping[str, MeldedLinear], states: Mapping[str, RowState]
+    checkpoint: Mapping[str, Any],
+    layers: Mapping[str, MeldedLinear],
+    states: Mapping[str, RowState],
 ) -> None:
-    """Mark the rows that a checkpoint with all weights has other than the base."""
+    """Mark the rows that a checkpoint with all weights has other than the base.
+
+    And those that were written without a code that flipped: what was written is part of the state.
+    """
+    for name, total in checkpoint[_PLUGIN]["proxy"].get("applied", {}).items():
+        states[name].touch((total != 0).any(dim=1).nonzero()[:, 0])
+    state = checkpoint["state_dict"]
     prefix = shared_prefix(state, [f"{name}.codes" for name in layers])
     for name, layer in layers.items() if prefix is not None else ():
         there = state[f"{prefix}{name}.codes"]
@@ -179,7 +187,7 @@ def _note(
         states[name].touch(differs[: layer.out_features].any(dim=1).nonzero()[:, 0])
 
 
-def _check(changes: Any, layers: Mapping[str, MeldedLinear], where: str) -> None:
+def _check(changes: Any, layers: Mapping[str, MeldedLinear | ShardedLayer], where: str) -> None:
     if changes.get("version") != VERSION:
         raise CheckpointError(
             f"{where} holds changes of version {changes.get('version')}, this release reads "

@@ -55,7 +55,11 @@ def apply_delta(
         file=delta.path,
         step=delta.manifest["global_step"],
         settings=delta.manifest["settings"],
-        origin={"model_name": model["name"], "revision": model["revision"]},
+        origin={
+            "model_name": model["name"],
+            "revision": model["revision"],
+            "prompt": model.get("prompt"),
+        },
         base=delta.base,
         losses=delta.manifest["losses"],
         data=delta.manifest["data"],

@@ -20,6 +20,7 @@ from falqon.errors import InputError
 from falqon.export.directory import hash_files, new_directory, write_manifest
 from falqon.export.source import Trained
 from falqon.export.tensors import refuse_nan
+from falqon.premeld.directory import original_of
 from falqon.pretrained import resolve
 from falqon.version import __version__
 
@@ -54,6 +55,7 @@ def write_delta(
     else:
         base = open_base(name, revision, trained.settings, trained.base)
     frozen = _frozen(trained, base)
+    original, at = original_of(name, revision)
     with new_directory(output) as directory:
         writer = _Writer(directory, limit)
         hashes: dict[str, str] = {}
@@ -68,7 +70,12 @@ def write_delta(
             "falqon": __version__,
             "torch": torch.__version__,
             "base": BaseHash(hashes, frozen).plain(),
-            "model": {"name": name, "revision": revision, "hub": not resolve(name).is_local},
+            "model": {
+                "name": original,
+                "revision": at,
+                "hub": not resolve(original).is_local,
+                "prompt": trained.origin.get("prompt"),
+            },
             "settings": trained.settings,
             "global_step": trained.step,
             "losses": trained.losses,

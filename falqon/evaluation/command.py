@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from falqon.errors import InputError
 from falqon.generation.command import add_model_arguments
 
 if TYPE_CHECKING:
+    from falqon.callbacks.wandb_logger import WandbSettings
     from falqon.evaluation.harness import TaskSettings
     from falqon.evaluation.perplexity import TextFile
     from falqon.evaluation.tasks import TaskSet
@@ -28,6 +30,8 @@ causal LM. Tasks are run by lm-eval (pip install 'falqon[eval]') on the model in
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `falqon evaluate`."""
     parser.description = _DESCRIPTION
+    # A list of tasks would take the model for one more if that stood behind it.
+    parser.usage = "falqon evaluate MODEL [--tasks TASK ...] [--perplexity FILE] [options]"
     add_model_arguments(parser)
     add = parser.add_argument
     add(
@@ -107,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
             loaded, where that can be known.
     """
     from falqon.evaluation.harness import TaskSettings
-    from falqon.evaluation.perplexity import read_text
+    from falqon.evaluation.perplexity import choose_windows, read_text
     from falqon.evaluation.report import format_table, versions
     from falqon.evaluation.tasks import load_tasks
     from falqon.files import check_writable, write_text
@@ -128,7 +132,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output:
         check_writable(arguments.output)
     text = read_text(arguments.perplexity, arguments.text_column) if arguments.perplexity else None
+    if arguments.wandb:
+        _check_wandb(arguments)
     models = _open(arguments)
+    for opened in models.values() if text is not None else ():
+        choose_windows(opened.longest_context(), arguments.window, arguments.stride)
     tasks = load_tasks(arguments.tasks, arguments.include_path) if arguments.tasks else None
     report: dict[str, Any] = {name: opened.description.plain() for name, opened in models.items()}
     report |= {
@@ -141,7 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
         report["results"][name] = _score(opened, device, tasks, text, settings, arguments)
     if tasks is not None:
         _use_task_names(report)
-    printed = json.dumps(report, indent=2)
+    printed = json.dumps(_without_nan(report), indent=2, allow_nan=False)
     if arguments.output:
         write_text(arguments.output, printed + "\n")
     sys.stdout.write((printed if arguments.json else format_table(report)) + "\n")
@@ -213,6 +221,15 @@ def _score(
     return found
 
 
+def _without_nan(value: Any) -> Any:
+    """Plain values with None for NaN and infinities, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _use_task_names(report: dict[str, Any]) -> None:
     """Name the table's rows as the results do: a file has the name of its task."""
     known = next(iter(report["results"].values()))["tasks"]
@@ -220,21 +237,32 @@ def _use_task_names(report: dict[str, Any]) -> None:
     report["tasks"] = named if len(named) == len(report["tasks"]) else list(known)
 
 
+def _wandb_settings(arguments: argparse.Namespace) -> WandbSettings:
+    from falqon.callbacks.wandb_logger import WandbSettings
+
+    return WandbSettings(
+        project=arguments.wandb_project, name=arguments.wandb_name, mode=arguments.wandb_mode
+    )
+
+
+def _check_wandb(arguments: argparse.Namespace) -> None:
+    from falqon.callbacks.wandb_logger import is_disabled
+
+    if is_disabled(_wandb_settings(arguments)):
+        raise InputError("--wandb was given, and W&B is disabled, by --wandb-mode or WANDB_MODE.")
+
+
 def _log(report: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Metrics and a table to W&B; those of a run's directory go on with the run's own."""
     import wandb
 
-    from falqon.callbacks.wandb_logger import WandbSettings, make_wandb_logger
+    from falqon.callbacks.wandb_logger import make_wandb_logger
     from falqon.evaluation.report import metrics
 
     path = Path(arguments.model)
-    settings = WandbSettings(
-        project=arguments.wandb_project, name=arguments.wandb_name, mode=arguments.wandb_mode
-    )
     root = path if path.is_dir() and (path / "wandb").is_dir() else Path.cwd()
-    logger = make_wandb_logger(settings, root, resume=root == path)
-    if logger is None:
-        raise InputError("--wandb was given, and WANDB_MODE is disabled. Unset it.")
+    logger = make_wandb_logger(_wandb_settings(arguments), root, resume=root == path)
+    assert logger is not None  # see `_check_wandb`
     prefixes = {"base": "eval_base", "model": "eval"}
     flat: dict[str, float] = {}
     for name, result in report["results"].items():

@@ -120,15 +120,17 @@ def windows(tokens: Sequence[int], window: int, stride: int) -> list[Window]:
     return found
 
 
-def choose_windows(
-    model: PreTrainedModel, window: int | None, stride: int | None
-) -> tuple[int, int]:
+def choose_windows(limit: int | None, window: int | None, stride: int | None) -> tuple[int, int]:
     """Window and stride for a model: its longest context up to 2,048 tokens, and half of it.
+
+    Args:
+        limit: Longest context of the model; None if it is not known.
+        window, stride: What was asked for, None for the default.
 
     Raises:
         InputError: They do not fit each other or the model.
     """
-    limit = getattr(model.config, "max_position_embeddings", None) or _LONGEST
+    limit = limit or _LONGEST
     chosen = min(limit, _LONGEST) if window is None else window
     if not 2 <= chosen <= limit:
         raise InputError(f"window is {chosen}; this model takes 2 to {limit} tokens.")
@@ -170,7 +172,8 @@ def measure_perplexity(
     Raises:
         InputError: The window does not fit, or no token is predicted.
     """
-    window, stride = choose_windows(model, window, stride)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    window, stride = choose_windows(limit, window, stride)
     tokenizer, bos = with_bos(tokenizer, add_bos)
     groups: dict[tuple[int, int], list[Window]] = defaultdict(list)
     for document in text.documents:

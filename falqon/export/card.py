@@ -44,8 +44,8 @@ def model_card(report: dict[str, Any], trained: Trained, base: str | None) -> st
         "## Data",
         _block(trained.data) if trained.data else "Not recorded beside the checkpoint.",
         "## Hashes",
-        f"Training state (`falqon inspect`): `{report['training_sha256']}`. Written by falqon "
-        f"{__version__}. SHA-256 of the files:",
+        f"Training state, as `falqon inspect RUN/served.ckpt` shows it: "
+        f"`{report['training_sha256']}`. Written by falqon {__version__}. SHA-256 of the files:",
         "\n".join(f"    {f['sha256']}  {name}" for name, f in report["files"].items()),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

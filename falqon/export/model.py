@@ -30,6 +30,7 @@ from falqon.export.directory import (
 from falqon.export.source import Trained, origin_of, read_trained
 from falqon.export.tensors import Format, Tensors, quantization_config
 from falqon.manifest import describe
+from falqon.premeld.directory import original_of
 from falqon.pretrained import PACKAGE_PREFIX, load_config, load_tokenizer, resolve
 from falqon.version import __version__
 
@@ -110,18 +111,21 @@ def write_model(
     Raises:
         InputError: See there.
     """
-    shown, is_hub = recorded or (name, not resolve(name).is_local)
+    original, _ = original_of(name, revision)
+    shown, is_hub = recorded or (original, not resolve(original).is_local)
     outline = _outline(name, revision)
     tokenizer = load_tokenizer(name, revision)
     tensors = Tensors(trained, outline, format)
     with new_directory(output) as directory:
         weights = write_weights(tensors, directory, limit)
+        # Whether the hub could be asked does not belong into what is written.
+        tokenizer.init_kwargs.pop("local_files_only", None)
         tokenizer.save_pretrained(directory)
         generation = directory / "generation_config.json"
         _generation(name, revision, outline, tokenizer).to_json_file(generation)
         if format == "compressed-tensors":
             outline.config.quantization_config = quantization_config(tensors.ignore)
-        outline.config.falqon = _origin(trained, name)
+        outline.config.falqon = _origin(trained, shown, is_hub)
         outline.config.save_pretrained(directory)
         report = _report(trained, shown, tensors, hash_files(directory, weights))
         card = directory / "README.md"
@@ -134,13 +138,13 @@ def write_model(
     return {"output": str(output), **report}
 
 
-def _origin(trained: Trained, name: str) -> dict[str, str]:
+def _origin(trained: Trained, name: str, is_hub: bool) -> dict[str, str]:
     """What whoever uses the export wants to know: the prompt format, and a base to compare with.
 
     A local path means nothing where the export goes, so it is left out.
     """
     found = {"prompt": trained.origin.get("prompt")}
-    if name.startswith(PACKAGE_PREFIX) or not resolve(name).is_local:
+    if name.startswith(PACKAGE_PREFIX) or is_hub:
         found["base"] = name
     return {key: value for key, value in found.items() if isinstance(value, str)}
 

@@ -269,7 +269,7 @@ def _refuse_pending(
         f"{' and '.join(reasons)} that only the end of a run writes.{there} write them now: "
         f"python train.py fit --config {config} --ckpt_path {file} --trainer.max_steps "
         f"{step} --trainer.default_root_dir NEW_DIRECTORY, then falqon export "
-        "NEW_DIRECTORY."
+        "NEW_DIRECTORY. (falqon generate and evaluate take it as it is with --as-trained.)"
     )
 
 

@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
     encoded = [encode_prompt(form, tokenizer, p.text, p.context) for p in prompts]
     if not all(encoded):
         raise InputError("a prompt has no token. Write something, or choose another prompt format.")
-    _check_lengths(encoded, opened.longest_context())
+    _check_lengths(encoded, sampling.max_new_tokens, opened.longest_context())
     model = opened.load(device)
     rows: list[dict[str, Any]] = []
     for row in _answers(model, tokenizer, prompts, encoded, sampling, arguments):
@@ -138,13 +138,13 @@ def check_batch_size(size: int) -> None:
         raise InputError(f"--batch-size is {size}; it must be at least 1.")
 
 
-def _check_lengths(encoded: Sequence[Sequence[int]], limit: int | None) -> None:
-    """Refuse prompts that the model has no positions for."""
+def _check_lengths(encoded: Sequence[Sequence[int]], answer: int, limit: int | None) -> None:
+    """Refuse prompts that the model has no positions for, their answers included."""
     for number, tokens in enumerate(encoded, 1):
-        if limit is not None and len(tokens) >= limit:
+        if limit is not None and len(tokens) + answer > limit:
             raise InputError(
-                f"prompt {number} has {len(tokens)} tokens, and the model takes {limit} with the "
-                "answer. Shorten it."
+                f"prompt {number} has {len(tokens)} tokens and its answer up to {answer}, and the "
+                f"model takes {limit}. Shorten it, or give a smaller --max-new-tokens."
             )
 
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from falqon.checkpoint import TEMPORARY_SUFFIX, AtomicCheckpointIO, CheckpointError
+from falqon.checkpoint import TEMPORARY_SUFFIX, AtomicCheckpointIO, CheckpointError, changes
 from falqon.checkpoint import sharded as files
 from falqon.checkpoint.io import read_checkpoint, remove_leftovers
 from falqon.errors import InputError
@@ -195,7 +195,8 @@ class ShardedStrategy(ModelParallelStrategy):
     ) -> dict[str, Any]:
         """Read a checkpoint, of this strategy or another, of parts or in one file.
 
-        Of parts only their shapes are read here; `load_model_state_dict` reads the rest.
+        Of parts only their shapes are read here, and `load_model_state_dict` reads the rest; with
+        tensor parallelism all of it is read, by every rank.
         """
         path = Path(self.broadcast(str(checkpoint_path)))
         if self.is_global_zero:
@@ -204,8 +205,12 @@ class ShardedStrategy(ModelParallelStrategy):
         if not files.is_sharded(path):
             self._source = None
             return read_checkpoint(path, mmap=True)
-        self._source = path
         checkpoint = files.read_meta(path)
+        if self._tensor_parallel_size != 1 or changes.is_small(checkpoint):
+            # What is cut otherwise than it was saved is cut from the whole.
+            self._source = None
+            return files.read_sharded(path)
+        self._source = path
         tensors = files.shapes(path)
         checkpoint["state_dict"] = {
             k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")

@@ -36,6 +36,7 @@ from falqon.premeld.directory import (
 )
 from falqon.premeld.shards import ShardWriter, Spec
 from falqon.premeld.source import WeightSource, open_source
+from falqon.pretrained import PACKAGE_PREFIX, resolve
 from falqon.recipe import Fp8Recipe, MeldRecipe, as_plain
 from falqon.version import __version__
 
@@ -100,7 +101,11 @@ def premeld(
             "version": VERSION,
             "falqon": __version__,
             "torch": torch.__version__,
-            "source": {"name": model, "revision": revision, "sha256": job.source_hash()},
+            "source": {
+                "name": _lasting_name(model),
+                "revision": revision,
+                "sha256": job.source_hash(),
+            },
             "settings": settings_of(fp8, melding, dtype),
             "meld": as_plain(melding),
             "recipe": as_plain(fp8),
@@ -115,6 +120,12 @@ def premeld(
         }
         _write_synced(staging / MANIFEST, json.dumps(seal(manifest), indent=1))
     return {"path": str(output), "tokenizer": has_tokenizer, "whole": source.whole, **manifest}
+
+
+def _lasting_name(model: str) -> str:
+    """A name that means the same in any directory."""
+    is_path = resolve(model).is_local and not model.startswith(PACKAGE_PREFIX)
+    return str(Path(model).expanduser().absolute()) if is_path else model
 
 
 @dataclass

@@ -59,7 +59,12 @@ def train(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Callable[..., C
             "global_step": 7,
             "state_dict": {f"model.{n}": t for n, t in trained.state_dict().items()},
             "FalqonPrecision": precision.state_dict(),
-            "LitCausalLM": {"model_name": str(base), "revision": None, "base_loss": None},
+            "LitCausalLM": {
+                "model_name": str(base),
+                "revision": None,
+                "base_loss": None,
+                "prompt": "alpaca",
+            },
         }
         file = tmp_path / ("trained.ckpt" if seed == 0 else f"trained{seed}.ckpt")
         case = Case(file, str(base), trained, content, precision)

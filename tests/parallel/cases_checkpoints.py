@@ -28,6 +28,7 @@ def add(two: Any, tiny_run: Callable) -> dict:
     config["model"]["init_args"]["exact_sums"] = True  # one device is to give the same bits
     config["data"]["init_args"]["batch_size"] = 2
     config["trainer"] |= {"limit_val_batches": 0, "max_steps": 4}
+    config["checkpoint"]["complete"] = True  # one with changes only has another hash
 
     def add_run(name: str, strategy: object, *flags: str) -> None:
         config["trainer"]["strategy"] = strategy
@@ -36,8 +37,10 @@ def add(two: Any, tiny_run: Callable) -> dict:
     add_run("straight", "ddp")
     for name, strategy in (("ddp", "ddp"), ("parts", "fsdp2")):
         add_run(name, strategy, "--trainer.max_steps=2")
+    add_run("small", "ddp", "--trainer.max_steps=2", "--checkpoint.complete=false")
     for source, name, strategy in (
         ("ddp", "ddp-parts", "fsdp2"),
+        ("small", "small-parts", "fsdp2"),
         ("parts", "parts-ddp", "ddp"),
         ("parts", "parts-file", ONE_FILE),
     ):
@@ -49,7 +52,8 @@ def check(two: Any, config: dict, cli: Callable, tmp_path: Path) -> None:
     """Look at what they saved."""
     straight = read_checkpoint(two.directory("straight") / LAST)
     expected = training_hash(straight)
-    for name in ("ddp-parts", "parts-ddp", "parts-file"):
+    assert "FalqonChanges" in read_checkpoint(two.directory("small") / LAST)
+    for name in ("ddp-parts", "small-parts", "parts-ddp", "parts-file"):
         found = read_checkpoint(two.directory(name) / LAST)
         assert found["global_step"] == 4
         assert training_hash(found) == expected, name

@@ -37,6 +37,21 @@ def add(two: Any, tiny_run: Callable) -> dict[str, dict]:
         # The one to be resumed stops between two writes, with something pending.
         steps = ["--trainer.max_steps=3"] if name == "fp8" else []
         two.add(name, config, "--rank_checksum.every_n_steps=1", *steps)
+    # In bfloat16, on the fast path of a CPU, from checkpoints of other strategies too: all that is
+    # looked at is that the ranks agree.
+    config = tiny_run(update="anchored", rows=6)
+    config["trainer"] |= {"max_steps": 4, "gradient_clip_val": 0.3}
+    for name, strategy in (("whole", "ddp"), ("cut", "fsdp2"), ("bf16", TENSOR)):
+        config["trainer"]["strategy"] = strategy
+        two.add(
+            f"{name} to go on", config, "--rank_checksum.every_n_steps=1", "--trainer.max_steps=2"
+        )
+    config["trainer"]["strategy"] = TENSOR
+    for name in ("whole", "cut", "bf16"):
+        path = two.directory(f"{name} to go on") / LAST
+        two.add(
+            f"{name} in parts", config, "--rank_checksum.every_n_steps=1", f"--ckpt_path={path}"
+        )
     two.add("resumed", cases["fp8"], f"--ckpt_path={two.directory('fp8') / LAST}")
     return cases
 

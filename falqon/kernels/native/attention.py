@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.profiler import record_function
 
 from falqon.kernels.native import ops
 
@@ -131,6 +132,7 @@ def attend(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
+    @record_function("falqon::attention")
     def forward(
         ctx: Any,
         query: Tensor,
@@ -159,6 +161,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @record_function("falqon::attention")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, cos, sin = ctx.saved_tensors
         ranges, scaling = ctx.ranges, ctx.scaling
