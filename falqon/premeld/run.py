@@ -96,7 +96,7 @@ def premeld(
         has_tokenizer = source.save_settings(staging, DTYPES[dtype])
         written = [file for file in staging.iterdir() if file.name not in job.files]
         settings = {file.name: describe(file) for file in sorted(written)}
-        manifest = {
+        content = {
             "format": FORMAT,
             "version": VERSION,
             "falqon": __version__,
@@ -118,7 +118,8 @@ def premeld(
             "files": {**settings, **job.files},
             "tensors": job.tensors,
         }
-        _write_synced(staging / MANIFEST, json.dumps(seal(manifest), indent=1))
+        manifest = seal(content)
+        _write_synced(staging / MANIFEST, json.dumps(manifest, indent=1))
     return {"path": str(output), "tokenizer": has_tokenizer, "whole": source.whole, **manifest}
 
 
