@@ -21,8 +21,9 @@ from falqon.delta.directory import MANIFEST
 from falqon.errors import InputError
 from falqon.export.source import Trained, read_trained
 from falqon.meld import melded_layers
-from falqon.premeld.directory import DTYPES, MeldedDirectory, open_melded, original_of
+from falqon.premeld.directory import DTYPES, MeldedDirectory, open_melded
 from falqon.premeld.load import build_melded, load_melded
+from falqon.premeld.source import original_of
 from falqon.pretrained import (
     ModelSource,
     check_complete,

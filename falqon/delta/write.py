@@ -20,7 +20,7 @@ from falqon.errors import InputError
 from falqon.export.directory import hash_files, new_directory, write_manifest
 from falqon.export.source import Trained
 from falqon.export.tensors import refuse_nan
-from falqon.premeld.directory import original_of
+from falqon.premeld.source import original_of
 from falqon.pretrained import resolve
 from falqon.version import __version__
 

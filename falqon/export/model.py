@@ -30,7 +30,7 @@ from falqon.export.directory import (
 from falqon.export.source import Trained, origin_of, read_trained
 from falqon.export.tensors import Format, Tensors, quantization_config
 from falqon.manifest import describe
-from falqon.premeld.directory import original_of
+from falqon.premeld.source import original_of
 from falqon.pretrained import PACKAGE_PREFIX, load_config, load_tokenizer, resolve
 from falqon.version import __version__
 

@@ -23,7 +23,6 @@ from torch import Tensor
 from falqon.errors import InputError
 from falqon.manifest import check_files, describe, read_manifest
 from falqon.meld import MeldedInfo, MeldReport
-from falqon.pretrained import resolve
 from falqon.recipe import Fp8Recipe, MeldRecipe, UpdateRecipe, as_plain
 
 MANIFEST = "falqon.json"
@@ -215,19 +214,3 @@ def open_melded(path: str | Path) -> MeldedDirectory | None:
     small = {n: f for n, f in manifest["files"].items() if not n.endswith(".safetensors")}
     check_files(path, small, remedy)
     return directory
-
-
-def original_of(name: str, revision: str | None) -> tuple[str, str | None]:
-    """The model that a name stands for: of a directory with a melded one, what was melded.
-
-    Args:
-        name: a model, see `falqon.pretrained.resolve`, or a directory of `falqon meld`.
-        revision: of a model on the hub.
-
-    Raises:
-        InputError: as `open_melded` does.
-    """
-    melded = open_melded(resolve(name).path)
-    if melded is None:
-        return name, revision
-    return melded.manifest["source"]["name"], melded.manifest["source"]["revision"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from falqon.errors import InputError
-from falqon.premeld.directory import is_melded
+from falqon.premeld.directory import is_melded, open_melded
 from falqon.pretrained import (
     ModelSource,
     check_export,
@@ -222,3 +222,19 @@ def _download(source: ModelSource, revision: str | None) -> Path:
         path = snapshot_download(source.path, revision=revision, allow_patterns=list(_HUB_FILES))
     resolve(path)  # looks for missing and damaged files
     return Path(path)
+
+
+def original_of(name: str, revision: str | None) -> tuple[str, str | None]:
+    """The model that a name stands for: of a directory with a melded one, what was melded.
+
+    Args:
+        name: a model, see `falqon.pretrained.resolve`, or a directory of `falqon meld`.
+        revision: of a model on the hub.
+
+    Raises:
+        InputError: as `open_melded` does.
+    """
+    melded = open_melded(resolve(name).path)
+    if melded is None:
+        return name, revision
+    return melded.manifest["source"]["name"], melded.manifest["source"]["revision"]
