@@ -8,6 +8,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -78,10 +79,12 @@ def supervised_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Te
         mask[0, 0] = True
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     if not nothing and model not in _CHANGES_LOGITS and _is_fusible(head):
-        selected = _hidden(model, head, batch, mask)
-        if selected is not None:
-            weight: Tensor = head.weight  # type: ignore[assignment]
-            return _LinearCrossEntropy.apply(selected, weight, targets[mask]), count
+        found = _hidden(model, head, batch, mask)
+        if found is not None:
+            selected, logits = found
+            loss = _LinearCrossEntropy.apply(selected, _whole(head), targets[mask])
+            # Adds nothing. FSDP2 gathers weights for the backward pass when it comes to the output.
+            return loss + logits.sum(), count
         _CHANGES_LOGITS.add(model)
 
     def select(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -111,14 +114,24 @@ def _is_fusible(head: nn.Module) -> bool:
         and head.bias is None
         and not head.weight.requires_grad
         and not has_hooks(head)
-        and ops.usable(head.weight)
+        and ops.usable(_local(head.weight))
     )
+
+
+def _local(weight: Tensor) -> Tensor:
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def _whole(head: nn.Module) -> Tensor:
+    """The weight of the output embedding, gathered if it is cut up."""
+    weight: Tensor = head.weight  # type: ignore[assignment]
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def _hidden(
     model: nn.Module, head: nn.Module, batch: dict[str, Any], mask: Tensor
-) -> Tensor | None:
-    """Inputs of the output embedding at the supervised positions, [n, h].
+) -> tuple[Tensor, Tensor] | None:
+    """Inputs of the output embedding at the supervised positions, [n, h]; logits of no position.
 
     None for a model that changes what the output embedding gives, as some cap their logits.
     """
@@ -138,7 +151,7 @@ def _hidden(
         for hook in hooks:
             hook.remove()
     is_plain = len(seen) == 2 and logits is seen[1] and ops.usable(seen[0])
-    return seen[0] if is_plain else None
+    return (seen[0], seen[1]) if is_plain else None
 
 
 def _summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

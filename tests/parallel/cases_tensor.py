@@ -34,6 +34,7 @@ def add(two: Any, tiny_run: Callable) -> dict[str, dict]:
     }
     for name, config in cases.items():
         config["trainer"] |= {"max_steps": 4, "gradient_clip_val": 0.3, "strategy": TENSOR}
+        config["checkpoint"]["complete"] = True  # so that one device's says how much all is
         # The one to be resumed stops between two writes, with something pending.
         steps = ["--trainer.max_steps=3"] if name == "fp8" else []
         two.add(name, config, "--rank_checksum.every_n_steps=1", *steps)
