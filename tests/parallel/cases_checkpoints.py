@@ -12,7 +12,7 @@ import pytest
 
 from falqon.checkpoint import CheckpointError, read_checkpoint, training_hash
 from falqon.checkpoint.inspect import inspect_checkpoint
-from falqon.checkpoint.sharded import is_sharded
+from falqon.checkpoint.sharded import MANIFEST, is_sharded, write_seal
 from falqon.export import export_model
 
 LAST = Path("checkpoints") / "last.ckpt"
@@ -87,7 +87,8 @@ def _refuses_damage(good: Path, tmp_path: Path) -> None:
         def __reduce__(self) -> tuple:
             return print, ("code was run",)
 
-    for number, damage in enumerate(("code", "table", "meta", "data")):
+    assert {p.name for p in good.glob("__*")} == {"__0_0.distcp", "__1_0.distcp"}
+    for number, damage in enumerate(("code", "table", "meta", "data", "bit")):
         bad = tmp_path / f"bad{number}.ckpt"
         shutil.copytree(good, bad)
         if damage == "code":
@@ -96,7 +97,14 @@ def _refuses_damage(good: Path, tmp_path: Path) -> None:
             (bad / ".metadata").write_bytes((good / ".metadata").read_bytes()[:100])
         elif damage == "meta":
             (bad / "meta.pt").unlink()
-        else:
+        elif damage == "data":
             next(bad.glob("*.distcp")).unlink()
+        else:
+            data = bytearray((bad / "__1_0.distcp").read_bytes())
+            data[len(data) // 2] ^= 1
+            (bad / "__1_0.distcp").write_bytes(data)
+        if damage in ("code", "table"):  # what is sealed is still not run
+            (bad / MANIFEST).unlink()
+            write_seal(bad)
         with pytest.raises(CheckpointError, match=bad.name):
             read_checkpoint(bad)
