@@ -42,6 +42,12 @@ def add(two: Any, tiny_run: Callable) -> dict:
         ("parts", "parts-file", ONE_FILE),
     ):
         add_run(name, strategy, f"--ckpt_path={two.directory(source) / LAST}")
+    damaged = {
+        "source": str(two.directory("parts") / LAST),
+        "target": str(two.root / "damaged.ckpt"),
+        "name": "__1_0.distcp",
+    }
+    two.add("damaged", config, f"--ckpt_path={damaged['target']}", damaged=damaged)
     return config
 
 
@@ -57,6 +63,9 @@ def check(two: Any, config: dict, cli: Callable, tmp_path: Path) -> None:
             found["optimizer_states"][0]["param_groups"]
             == (straight["optimizer_states"][0]["param_groups"])
         )
+    # Files are shared out: one rank finds what both of them say.
+    for note in two.notes("damaged"):
+        assert note["exit"] and "damaged.ckpt/__1_0.distcp is damaged" in note["error"], note
     parts = two.directory("ddp-parts")
     assert is_sharded(parts / LAST)
     assert not is_sharded(two.directory("parts-file") / LAST)
