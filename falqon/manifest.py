@@ -25,6 +25,24 @@ def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
+def hash_files(
+    directory: Path, known: Mapping[str, dict[str, int | str]] | None = None
+) -> dict[str, dict[str, int | str]]:
+    """Bytes and SHA-256 of every file in a directory, by name.
+
+    Args:
+        directory: It.
+        known: Files that need not be read again.
+    """
+    known = known or {}
+    return {p.name: known.get(p.name) or describe(p) for p in sorted(directory.iterdir())}
+
+
+def write_manifest(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a manifest with its own SHA-256."""
+    path.write_text(json.dumps(seal(content), indent=1) + "\n", encoding="utf-8")
+
+
 def read_manifest(file: Path, format: str, version: int, remedy: str) -> dict[str, Any]:
     """Read a manifest and compare it with its own hash.
 

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import checkpoint as dcp
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from falqon import FalqonPrecision, InputError
-from falqon.checkpoint import AtomicCheckpointIO, hash_tensors, read_checkpoint
+from falqon.checkpoint import AtomicCheckpointIO, CheckpointError, hash_tensors, read_checkpoint
+from falqon.checkpoint.sharded import read_meta, shapes, split_optimizer, write_meta, write_seal
 from falqon.delta.directory import open_delta
 from falqon.export import export_model
 from falqon.export.directory import open_export
@@ -58,6 +60,8 @@ def written(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedToken
         }
         if kind == "small":
             plugin.pack_checkpoint(content)
+        else:
+            write_sharded(content, root / "sharded")
         AtomicCheckpointIO().save_checkpoint(content, root / kind / "a.ckpt")
     premeld(str(root / "base"), root / "melded", plugin.fp8, plugin.melding, keep_weights=True)
     export_model(root / "small" / "a.ckpt", root / "delta", "delta")
@@ -67,6 +71,19 @@ def written(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedToken
     return root
 
 
+def write_sharded(content: dict[str, Any], directory: Path) -> None:
+    """What ShardedStrategy writes, by one process."""
+    directory.mkdir()
+    meta = {k: v for k, v in content.items() if k != "state_dict"}
+    state = {"state": {0: {"step": 7, "exp_avg": torch.ones(3, 4)}}, "param_groups": [{"lr": 0.1}]}
+    skeleton, tensors = split_optimizer(0, state, ["B"], torch.is_tensor)
+    tensors |= {f"model/{name}": tensor for name, tensor in content["state_dict"].items()}
+    write_meta(directory, meta | {"optimizer_skeletons": [skeleton]})
+    writer = dcp.FileSystemWriter(directory, sync_files=True)
+    dcp.save(tensors, storage_writer=writer, no_dist=True)
+    write_seal(directory)
+
+
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Leaves of nested mappings by their path; tensors by their hash."""
     if isinstance(tree, dict):
@@ -74,11 +91,17 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         for key, value in tree.items():
             found |= flatten(value, f"{prefix}/{key}")
         return found
+    if isinstance(tree, list):
+        return flatten(dict(enumerate(tree)), prefix)
     return {prefix: hash_tensors({"": tree}) if isinstance(tree, Tensor) else tree}
 
 
 def of_checkpoint(path: Path) -> Any:
     return flatten(read_checkpoint(path / "a.ckpt"))
+
+
+def of_sharded(path: Path) -> Any:
+    return flatten(read_checkpoint(path))
 
 
 def of_melded(path: Path) -> Any:
@@ -101,6 +124,7 @@ def of_export(path: Path) -> Any:
 LOADERS: dict[str, Callable[[Path], Any]] = {
     "complete": of_checkpoint,
     "small": of_checkpoint,
+    "sharded": of_sharded,
     "melded": of_melded,
     "delta": of_delta,
     "fp8": of_export,
@@ -174,14 +198,37 @@ def test_no_corruption_loads_silently(written: Path, tmp_path: Path, kind: str) 
     assert equal <= 8, f"{equal} corruptions were not noticed, if harmless"
 
 
+# -- checkpoints in parts -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["falqon-checkpoint.json", ".metadata", "meta.pt", "__0_0.distcp"])
+def test_a_missing_part_is_named(written: Path, tmp_path: Path, name: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(written / "sharded", copy)
+    assert read_checkpoint(copy)["global_step"] == 7
+    (copy / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"copy.*{name}.* use another checkpoint"):
+        read_checkpoint(copy)
+
+
+def test_headers_alone_are_checked(written: Path, tmp_path: Path) -> None:
+    for name, read in (("meta.pt", read_meta), (".metadata", shapes)):
+        copy = tmp_path / name
+        shutil.copytree(written / "sharded", copy)
+        data = bytearray((copy / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (copy / name).write_bytes(data)
+        with pytest.raises(CheckpointError, match=f"{name} is damaged"):
+            read(copy)
+
+
 # -- scales, and what was written before --------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
 def test_a_scale_that_is_none(written: Path, tmp_path: Path, value: float) -> None:
     from falqon.delta import directory
-    from falqon.export.directory import write_manifest
-    from falqon.manifest import read_manifest
+    from falqon.manifest import read_manifest, write_manifest
 
     copy = tmp_path / "delta"
     shutil.copytree(written / "delta", copy)

@@ -14,6 +14,7 @@ from falqon.checkpoint import changes as changes_module
 from falqon.checkpoint.base import BaseHash
 from falqon.checkpoint.hashing import training_hash
 from falqon.checkpoint.io import LAST, CheckpointError, read_checkpoint
+from falqon.checkpoint.sharded import is_sharded
 
 METHOD = "FALQON"
 PLUGIN_KEY = "FalqonPrecision"
@@ -50,7 +51,7 @@ def locate_checkpoint(path: str | Path) -> Path:
         CheckpointError: The directory has no such file.
     """
     path = Path(path)
-    if not path.is_dir() or (path / ".metadata").is_file():  # .metadata: a sharded checkpoint
+    if not path.is_dir() or is_sharded(path):
         return path
     if (path / LAST).exists():
         return path / LAST

@@ -1,13 +1,15 @@
 """Checkpoints of which every rank writes its part: a directory, by torch.distributed.checkpoint.
 
-Beside the tensors' files lies `meta.pt`, which holds all else that Lightning collected. A directory
-has another, hidden name until it is complete. Reading runs no code: of the pickled table of
-contents only the classes that describe tensors are let in.
+Beside the tensors' files lie `meta.pt`, which holds all else that Lightning collected, and
+`falqon-checkpoint.json` with the SHA-256 of every file: torch itself checks none. A directory has
+another, hidden name until it is complete. Reading runs no code: of the pickled table of contents
+only the classes that describe tensors are let in.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import shutil
 from collections.abc import Mapping
@@ -25,9 +27,15 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from falqon.checkpoint.errors import CheckpointError
+from falqon.errors import InputError
+from falqon.manifest import check_files, hash_files, read_manifest, write_manifest
 
 META = "meta.pt"
+MANIFEST = "falqon-checkpoint.json"
+FORMAT = "falqon-sharded-checkpoint"
+VERSION = 1
 _TABLE = ".metadata"
+_REMEDY = "Copy the directory again, or use another checkpoint of the run."
 _NAMED = {
     "torch.distributed.checkpoint.metadata": {
         "ChunkStorageMetadata",
@@ -69,7 +77,55 @@ class _Reader(dcp.FileSystemReader):
 
 def is_sharded(path: str | Path) -> bool:
     """Whether a path is a directory that holds a sharded checkpoint."""
-    return (Path(path) / _TABLE).is_file()
+    # Either: of a damaged one the other is to be missed by its name.
+    return any((Path(path) / name).is_file() for name in (_TABLE, MANIFEST))
+
+
+def write_meta(directory: Path, meta: Mapping[str, Any]) -> None:
+    """Write what a checkpoint holds beside tensors, with `optimizer_skeletons`."""
+    with (directory / META).open("xb") as file:
+        torch.save(meta, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_seal(directory: Path, known: Mapping[str, dict[str, int | str]] | None = None) -> None:
+    """Write the manifest of a directory in which all else has been written.
+
+    Args:
+        directory: It.
+        known: Bytes and SHA-256 of files that need not be read again, by name.
+    """
+    content = {"format": FORMAT, "version": VERSION, "files": hash_files(directory, known)}
+    write_manifest(directory / MANIFEST, content)
+    with (directory / MANIFEST).open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def check_sharded(path: str | Path, only: str | None = None, part: int = 0, parts: int = 1) -> None:
+    """Compare the files of a sharded checkpoint with its manifest.
+
+    Args:
+        path: The directory.
+        only: The one file to compare; None for all.
+        part, parts: Compare this part of them, of so many: ranks share the work.
+
+    Raises:
+        CheckpointError: Naming the file that is missing or damaged.
+    """
+    path = Path(path)
+    if not (path / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{path} has no {MANIFEST}, with which its other files are compared. {_REMEDY}"
+        )
+    try:
+        files = read_manifest(path / MANIFEST, FORMAT, VERSION, _REMEDY)["files"]
+        names = sorted(files)[part::parts] if only is None else [only]
+        check_files(path, {name: files[name] for name in names}, _REMEDY)
+    except InputError as error:
+        raise CheckpointError(str(error)) from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}). {_REMEDY}") from error
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:
@@ -78,6 +134,7 @@ def read_meta(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if it is incomplete, damaged, or something else.
     """
+    check_sharded(path, META)
     file = Path(path) / META
     try:
         meta: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
@@ -98,6 +155,7 @@ def shapes(path: str | Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: as `read_meta` does.
     """
+    check_sharded(path, _TABLE)
     try:
         table = _Reader(path).read_metadata()
     except (OSError, EOFError, AttributeError, ValueError, pickle.UnpicklingError) as error:
@@ -118,12 +176,13 @@ def load_tensors(path: str | Path, into: dict[str, Tensor], alone: bool = False)
     """Fill tensors, each with the part that it is of the one saved under its key.
 
     Args:
-        path: of the checkpoint.
+        path: of the checkpoint, which `check_sharded` found undamaged: hashing is as much work as
+            reading, and this is called once for the model and once for every optimizer.
         into: tensors and DTensors by key.
         alone: this process reads for itself, whether or not there are others.
 
     Raises:
-        CheckpointError: if a file is missing or damaged.
+        CheckpointError: if a file cannot be read, or has no such tensors.
     """
     try:
         dcp.load(into, storage_reader=_Reader(path), planner=DefaultLoadPlanner(), no_dist=alone)
@@ -141,6 +200,7 @@ def read_sharded(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if it is incomplete or damaged.
     """
+    check_sharded(path)
     meta = read_meta(path)
     tensors = {key: torch.empty_like(t, device="cpu") for key, t in shapes(path).items()}
     load_tensors(path, tensors, alone=True)

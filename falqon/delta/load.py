@@ -49,7 +49,8 @@ def load_delta(model: nn.Module, path: str | Path | None) -> dict[str, Any] | No
 
     Raises:
         InputError: the delta is damaged, or belongs to another base: both hashes are named, and the
-            model stays as it was.
+            model stays as it was, with the delta that was in it. So it does if its codes were
+            changed since that was loaded.
     """
     if path is None:
         unload_delta(model)
@@ -66,21 +67,17 @@ def load_delta(model: nn.Module, path: str | Path | None) -> dict[str, Any] | No
                 f"holds a delta of one with {loaded.delta.base.sha256[:16]}. Load it into a model "
                 "that was melded from its own base."
             )
-        unload_delta(model)
+        _check_nothing_pending(layers)
+        _take_out(layers, loaded)  # leaves the base, of which the hashes are the same
+    else:
+        _check_nothing_pending(layers)
+        _check_base(layers, delta)
     try:
-        _check(layers, delta)
-    except InputError:
+        _put(layers, changes, delta)
+    except BaseException:
         if loaded is not None:
-            _put(layers, loaded.changes)
-            _LOADED[first] = loaded
+            _put(layers, loaded.changes, loaded.delta)
         raise
-    _put(layers, changes)
-    for name, layer in layers.items():
-        if layer_hash(_backbone(layer), layer.scale.detach()) != delta.results[name]:
-            _put(layers, changes, undo=True)
-            raise InputError(
-                f"{delta.path}: layer {name} does not become what was trained. Export it again."
-            )
     _LOADED[first] = _Loaded(delta, changes)
     return dict(delta.manifest)
 
@@ -90,17 +87,59 @@ def unload_delta(model: nn.Module) -> None:
     """Take the delta that `load_delta` put into a model out again; without one nothing happens.
 
     Args:
-        model: its codes are then those of the base, bit for bit.
+        model: its codes are then those of the base, bit for bit, which their hashes are to show.
+
+    Raises:
+        InputError: the codes were changed since the delta was loaded, by training for example, so
+            that no base is left without it. The model stays as it was.
     """
     first = next(iter(melded_layers(model).values()), None)
-    loaded: _Loaded | None = _LOADED.pop(first, None) if first is not None else None
+    loaded: _Loaded | None = _LOADED.get(first) if first is not None else None
     if loaded is not None:
-        _put(_layers(model, loaded.delta), loaded.changes, undo=True)
+        _take_out(_layers(model, loaded.delta), loaded)
+        del _LOADED[first]
 
 
-def _put(layers: dict[str, MeldedLinear], changes: dict[str, Change], undo: bool = False) -> None:
-    for name, layer in layers.items():
-        apply(_backbone(layer), changes[name], undo)
+def _put(layers: dict[str, MeldedLinear], changes: dict[str, Change], delta: Delta) -> None:
+    """Change codes of the base to those that were trained, in all layers or in none."""
+    done = []
+    try:
+        for name, layer in layers.items():
+            apply(_backbone(layer), changes[name])
+            done.append(name)
+            if _hash(layer) != delta.results[name]:
+                raise ValueError("it does not become what was trained")
+    except BaseException as error:
+        for other in done:
+            apply(_backbone(layers[other]), changes[other], undo=True)
+        if isinstance(error, ValueError):
+            raise InputError(
+                f"{delta.path}: layer {name}: {error}. Export the delta again."
+            ) from error
+        raise
+
+
+def _take_out(layers: dict[str, MeldedLinear], loaded: _Loaded) -> None:
+    """Change codes back to those of the base, in all layers or in none."""
+    done = []
+    try:
+        for name, layer in layers.items():
+            apply(_backbone(layer), loaded.changes[name], undo=True)
+            done.append(name)
+            if _hash(layer) != loaded.delta.base.layers[name]:
+                raise InputError(
+                    f"{name} was changed, by training for example, since {loaded.delta.path} was "
+                    "loaded: without that delta it would not be the base. The model is as it was, "
+                    "with the delta in it; meld the base again to load another."
+                )
+    except BaseException:
+        for other in done:
+            apply(_backbone(layers[other]), loaded.changes[other])
+        raise
+
+
+def _hash(layer: MeldedLinear) -> str:
+    return layer_hash(_backbone(layer), layer.scale.detach())
 
 
 def _backbone(layer: MeldedLinear) -> torch.Tensor:
@@ -130,14 +169,18 @@ def _layers(model: nn.Module, delta: Delta) -> dict[str, MeldedLinear]:
     return layers
 
 
-def _check(layers: dict[str, MeldedLinear], delta: Delta) -> None:
+def _check_nothing_pending(layers: dict[str, MeldedLinear]) -> None:
     for name, layer in layers.items():
         if bool(layer.B.any()):
             raise InputError(
                 f"{name} holds changes that are not in its codes yet (B is not zero): a delta is "
                 "of codes. Flush them first, or meld the model again."
             )
-        found = layer_hash(_backbone(layer), layer.scale.detach())
+
+
+def _check_base(layers: dict[str, MeldedLinear], delta: Delta) -> None:
+    for name, layer in layers.items():
+        found = _hash(layer)
         if found != delta.base.layers[name]:
             raise InputError(
                 f"{delta.path} belongs to another base (SHA-256 {delta.base.sha256[:16]}): {name} "

@@ -17,9 +17,10 @@ from falqon.delta.codec import encode
 from falqon.delta.directory import FORMAT, MANIFEST, STEM, VERSION
 from falqon.delta.state import ChangedState
 from falqon.errors import InputError
-from falqon.export.directory import hash_files, new_directory, write_manifest
+from falqon.export.directory import new_directory
 from falqon.export.source import Trained
 from falqon.export.tensors import refuse_nan
+from falqon.manifest import hash_files, write_manifest
 from falqon.premeld.source import original_of
 from falqon.pretrained import resolve
 from falqon.version import __version__

@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from falqon.checkpoint import TEMPORARY_SUFFIX
 from falqon.errors import InputError
 from falqon.export.tensors import Entry
-from falqon.manifest import check_files, describe, read_manifest, seal
+from falqon.manifest import check_files, read_manifest
 from falqon.premeld.shards import ShardWriter
 
 MANIFEST = "falqon-export.json"
@@ -130,24 +130,6 @@ def write_weights(
         path = directory / "model.safetensors.index.json"
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return writer.files
-
-
-def hash_files(
-    directory: Path, known: Mapping[str, dict[str, int | str]] | None = None
-) -> dict[str, dict[str, int | str]]:
-    """Bytes and SHA-256 of every file in a directory, by name.
-
-    Args:
-        directory: It.
-        known: Files that need not be read again.
-    """
-    known = known or {}
-    return {p.name: known.get(p.name) or describe(p) for p in sorted(directory.iterdir())}
-
-
-def write_manifest(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a manifest with its own SHA-256."""
-    path.write_text(json.dumps(seal(content), indent=1) + "\n", encoding="utf-8")
 
 
 def open_export(path: str | Path) -> dict[str, Any] | None:

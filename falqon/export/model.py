@@ -21,15 +21,13 @@ from falqon.export.directory import (
     MANIFEST,
     VERSION,
     check_free,
-    hash_files,
     new_directory,
     parse_size,
-    write_manifest,
     write_weights,
 )
 from falqon.export.source import Trained, origin_of, read_trained
 from falqon.export.tensors import Format, Tensors, quantization_config
-from falqon.manifest import describe
+from falqon.manifest import describe, hash_files, write_manifest
 from falqon.premeld.source import original_of
 from falqon.pretrained import PACKAGE_PREFIX, load_config, load_tokenizer, resolve
 from falqon.version import __version__

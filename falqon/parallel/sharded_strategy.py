@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -21,7 +21,10 @@ from falqon.checkpoint import TEMPORARY_SUFFIX, AtomicCheckpointIO, CheckpointEr
 from falqon.checkpoint import sharded as files
 from falqon.checkpoint.io import read_checkpoint, remove_leftovers
 from falqon.errors import InputError
+from falqon.manifest import describe
 from falqon.parallel.wholes import part_of, whole_tensor
+
+_T = TypeVar("_T")
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -164,11 +167,14 @@ class ShardedStrategy(ModelParallelStrategy):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 remove_leftovers(path.parent)
                 temporary.mkdir()
-                meta = checkpoint | {"optimizer_skeletons": skeletons}
-                torch.save(meta, temporary / files.META)
+                files.write_meta(temporary, checkpoint | {"optimizer_skeletons": skeletons})
             self.barrier()
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True))
+            # Every rank hashes what it wrote; rank zero the rest.
+            own = {p.name: describe(p) for p in temporary.glob(f"__{self.global_rank}_*")}
+            hashes = self._of_all_ranks(own)
             if self.is_global_zero:
+                files.write_seal(temporary, {k: v for found in hashes for k, v in found.items()})
                 files.replace_directory(temporary, path)
             self.barrier()
         except (OSError, dcp.api.CheckpointException) as error:
@@ -205,6 +211,7 @@ class ShardedStrategy(ModelParallelStrategy):
         if not files.is_sharded(path):
             self._source = None
             return read_checkpoint(path, mmap=True)
+        self._check(path)
         checkpoint = files.read_meta(path)
         if self._tensor_parallel_size != 1 or changes.is_small(checkpoint):
             # What is cut otherwise than it was saved is cut from the whole.
@@ -217,6 +224,17 @@ class ShardedStrategy(ModelParallelStrategy):
         }
         checkpoint["optimizer_states"] = checkpoint.pop("optimizer_skeletons")
         return checkpoint
+
+    def _check(self, path: Path) -> None:
+        """Ranks share the work, and all of them raise what one of them found."""
+        wrong = None
+        try:
+            files.check_sharded(path, part=self.global_rank, parts=self.world_size)
+        except CheckpointError as error:
+            wrong = str(error)
+        for found in self._of_all_ranks(wrong):
+            if found is not None:
+                raise CheckpointError(found)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -288,6 +306,11 @@ class ShardedStrategy(ModelParallelStrategy):
     def _module(self) -> LightningModule:
         assert self.lightning_module is not None
         return self.lightning_module
+
+    def _of_all_ranks(self, mine: _T) -> list[_T]:
+        found: list[_T] = [mine] * self.world_size
+        torch.distributed.all_gather_object(found, mine)
+        return found
 
     def _names(self, optimizer: Optimizer) -> list[str]:
         """Names of an optimizer's parameters in its order."""

@@ -20,6 +20,7 @@ from falqon.checkpoint.base import hash_base
 from falqon.cli import main
 from falqon.delta.codec import apply, encode
 from falqon.export import export_model
+from falqon.manifest import write_manifest
 from falqon.premeld.run import premeld
 
 # -- codec --------------------------------------------------------------------------------------
@@ -251,6 +252,78 @@ def test_what_is_refused_leaves_the_model_as_it_was(
     small = nn.Sequential(*list(melded_layers(case.melded()).values())[:3])
     with pytest.raises(InputError, match="this model has 3"):
         load_delta(small, tmp_path / "delta")
+
+
+def fails_at(call: int, raised: Exception) -> Callable[..., None]:
+    """`apply` that raises once, in the middle of putting a delta in."""
+    calls = iter(range(1, 1000))
+
+    def failing(codes: Tensor, change: Any, undo: bool = False) -> None:
+        if not undo and next(calls) == call:
+            raise raised
+        apply(codes, change, undo)
+
+    return failing
+
+
+def test_a_delta_that_fails_leaves_the_first_one(
+    train: Callable[..., Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = [train("llama"), train("llama", seed=1, size=0.2)]
+    for number, case in enumerate(cases):
+        export_model(case.file, tmp_path / f"delta{number}", "delta")
+    file = tmp_path / "delta1" / "falqon-delta.json"
+    good = json.loads(file.read_text())
+    last = list(good["layers"])[-1]
+    model = cases[0].melded()
+    start = codes(model)
+    for first in (None, tmp_path / "delta0"):
+        load_delta(model, first)
+        before = codes(model)
+        bad = json.loads(json.dumps(good))
+        bad["layers"][last]["sha256"] = "0" * 64
+        write_manifest(file, bad)
+        with pytest.raises(InputError, match=f"delta1: layer {last}: .* what was trained"):
+            load_delta(model, tmp_path / "delta1")
+        assert same(model, before)
+        write_manifest(file, good)
+
+        for raised, seen in ((MemoryError(), MemoryError), (ValueError("no fit"), InputError)):
+            with monkeypatch.context() as patch:
+                patch.setattr("falqon.delta.load.apply", fails_at(5, raised))
+                with pytest.raises(seen):
+                    load_delta(model, tmp_path / "delta1")
+            assert same(model, before)
+    load_delta(model, tmp_path / "delta1")
+    assert same(model, codes(cases[1].model))
+    unload_delta(model)
+    assert same(model, start)
+
+
+def test_codes_that_were_changed_are_not_taken_for_the_base(
+    train: Callable[..., Case], tmp_path: Path
+) -> None:
+    case = train("llama")
+    export_model(case.file, tmp_path / "delta", "delta")
+    model = case.melded()
+    start = codes(model)
+    load_delta(model, tmp_path / "delta")
+    name, layer = list(melded_layers(model).items())[-1]
+    with torch.no_grad():
+        layer.codes[0, 0] += 1  # as training does
+        changed = codes(model)
+        for path in (None, tmp_path / "delta"):
+            with pytest.raises(
+                InputError, match=f"{name} was changed, .* since .*delta was loaded"
+            ):
+                load_delta(model, path)
+            assert same(model, changed)
+        with pytest.raises(InputError, match="meld the base again"):
+            unload_delta(model)
+        assert same(model, changed)
+        layer.codes[0, 0] -= 1
+    unload_delta(model)
+    assert same(model, start)
 
 
 def test_a_loaded_delta_reaches_kept_transposes(train: Callable[..., Case], tmp_path: Path) -> None:

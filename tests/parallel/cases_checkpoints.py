@@ -12,7 +12,7 @@ import pytest
 
 from falqon.checkpoint import CheckpointError, read_checkpoint, training_hash
 from falqon.checkpoint.inspect import inspect_checkpoint
-from falqon.checkpoint.sharded import is_sharded
+from falqon.checkpoint.sharded import MANIFEST, is_sharded, write_seal
 from falqon.export import export_model
 
 LAST = Path("checkpoints") / "last.ckpt"
@@ -45,6 +45,12 @@ def add(two: Any, tiny_run: Callable) -> dict:
         ("parts", "parts-file", ONE_FILE),
     ):
         add_run(name, strategy, f"--ckpt_path={two.directory(source) / LAST}")
+    damaged = {
+        "source": str(two.directory("parts") / LAST),
+        "target": str(two.root / "damaged.ckpt"),
+        "name": "__1_0.distcp",
+    }
+    two.add("damaged", config, f"--ckpt_path={damaged['target']}", damaged=damaged)
     return config
 
 
@@ -61,6 +67,9 @@ def check(two: Any, config: dict, cli: Callable, tmp_path: Path) -> None:
             found["optimizer_states"][0]["param_groups"]
             == (straight["optimizer_states"][0]["param_groups"])
         )
+    # Files are shared out: one rank finds what both of them say.
+    for note in two.notes("damaged"):
+        assert note["exit"] and "damaged.ckpt/__1_0.distcp is damaged" in note["error"], note
     parts = two.directory("ddp-parts")
     assert is_sharded(parts / LAST)
     assert not is_sharded(two.directory("parts-file") / LAST)
@@ -91,7 +100,8 @@ def _refuses_damage(good: Path, tmp_path: Path) -> None:
         def __reduce__(self) -> tuple:
             return print, ("code was run",)
 
-    for number, damage in enumerate(("code", "table", "meta", "data")):
+    assert {p.name for p in good.glob("__*")} == {"__0_0.distcp", "__1_0.distcp"}
+    for number, damage in enumerate(("code", "table", "meta", "data", "bit")):
         bad = tmp_path / f"bad{number}.ckpt"
         shutil.copytree(good, bad)
         if damage == "code":
@@ -100,7 +110,14 @@ def _refuses_damage(good: Path, tmp_path: Path) -> None:
             (bad / ".metadata").write_bytes((good / ".metadata").read_bytes()[:100])
         elif damage == "meta":
             (bad / "meta.pt").unlink()
-        else:
+        elif damage == "data":
             next(bad.glob("*.distcp")).unlink()
+        else:
+            data = bytearray((bad / "__1_0.distcp").read_bytes())
+            data[len(data) // 2] ^= 1
+            (bad / "__1_0.distcp").write_bytes(data)
+        if damage in ("code", "table"):  # what is sealed is still not run
+            (bad / MANIFEST).unlink()
+            write_seal(bad)
         with pytest.raises(CheckpointError, match=bad.name):
             read_checkpoint(bad)

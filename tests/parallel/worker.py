@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,20 @@ class Corruptor(Callback):
             plugin.layers[self.layer].codes.data[3, 5] ^= 4
 
 
+def copy_damaged(source: str, target: str, name: str) -> None:
+    """Copy a checkpoint in parts with one bit of one file flipped."""
+    if int(os.environ["RANK"]) == 0:
+        shutil.copytree(source, target)
+        data = bytearray(Path(target, name).read_bytes())
+        data[len(data) // 2] ^= 1
+        Path(target, name).write_bytes(data)
+    torch.distributed.barrier()
+
+
 def go(job: dict[str, Any]) -> None:
     rank = int(os.environ["RANK"])
+    if "damaged" in job:
+        copy_damaged(**job["damaged"])
     recorder = Recorder(job.get("watch"))
     callbacks: list[Callback] = [recorder]
     if "corrupt" in job:
