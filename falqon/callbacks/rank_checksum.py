@@ -23,7 +23,8 @@ class RankChecksum(Callback):
     Every rank computes its codes and B anew from the same gradients, and nothing is sent round to
     correct it: a bit that flips in one device's memory would stay there, and in what is saved if
     it is rank zero's. Checked are codes, scales, B, and the sums of B that rows are derived with,
-    as far as ranks hold copies of them; one integer of 8 bytes a tensor is exchanged.
+    as far as ranks hold copies of them; one integer of 8 bytes a tensor is exchanged. Other methods
+    than FALQON have no such weights, and are not checked.
 
     Args:
         every_n_steps: optimizer steps between two looks; 0 for none.
