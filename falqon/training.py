@@ -25,7 +25,7 @@ from falqon.callbacks.run_checkpoint import RunCheckpoint
 from falqon.callbacks.run_dir import TEST_FILE, restore_archived_run
 from falqon.callbacks.task_evaluation import TaskEvaluation
 from falqon.callbacks.throughput import Throughput
-from falqon.checkpoint import LAST, SERVED, AtomicCheckpointIO, read_header
+from falqon.checkpoint import LAST, SERVED, BackgroundCheckpointIO, read_header
 from falqon.checkpoint.sharded import recover
 from falqon.errors import InputError
 from falqon.files import write_text
@@ -128,7 +128,7 @@ class FalqonCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         plugins = _as_list(config["plugins"])
         if not any(isinstance(p, CheckpointIO) for p in plugins):
-            plugins.append(AtomicCheckpointIO())
+            plugins.append(BackgroundCheckpointIO())
         root = Path(config["default_root_dir"] or os.curdir)
         loggers = [x for x in _as_list(config["logger"]) if isinstance(x, Logger)]
         step = self._resume_step(plugins, root)
@@ -223,6 +223,7 @@ class FalqonCLI(LightningCLI):
         # Saved after the loop ended, so it is not to be resumed from: hence not in checkpoints/.
         path = Path(self.trainer.default_root_dir) / SERVED
         self.trainer.save_checkpoint(path, weights_only=False)
+        self.trainer.strategy.checkpoint_io.teardown()  # until it is written
 
 
 def _holds_run(root: Path) -> bool:

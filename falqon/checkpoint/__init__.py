@@ -1,5 +1,6 @@
 """Checkpoints: written atomically, read safely, hashed and described."""
 
+from falqon.checkpoint.background import BackgroundCheckpointIO
 from falqon.checkpoint.errors import CheckpointError
 from falqon.checkpoint.hashing import hash_tensors, training_hash
 from falqon.checkpoint.io import (
@@ -16,6 +17,7 @@ __all__ = [
     "SERVED",
     "TEMPORARY_SUFFIX",
     "AtomicCheckpointIO",
+    "BackgroundCheckpointIO",
     "CheckpointError",
     "hash_tensors",
     "read_checkpoint",

@@ -120,7 +120,8 @@ def test_the_manifest(train: Callable[..., Case], tmp_path: Path) -> None:
     report = export_model(case.file, tmp_path / "delta", "delta", shard_size="1KB")
     manifest = json.loads((tmp_path / "delta" / "falqon-delta.json").read_text())
     assert manifest["settings"] == case.precision.settings()
-    assert manifest["model"] == {"name": case.base, "revision": None, "hub": False}
+    named = {"name": case.base, "revision": None, "hub": False, "prompt": "alpaca"}
+    assert manifest["model"] == named
     assert manifest["base"] == case.precision.base.plain()  # type: ignore[union-attr]
     assert manifest["global_step"] == 7 and manifest["losses"].startswith("Not recorded")
     names = {path.name for path in (tmp_path / "delta").iterdir()}
