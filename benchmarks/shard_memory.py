@@ -1,0 +1,110 @@
+"""What a rank of FSDP2 allocates in a training step, counted by the profiler on CPU processes.
+
+    torchrun --nproc-per-node N -m benchmarks.shard_memory --layers 8 --hidden 512
+
+A stack of decoder layers with random weights is melded and trained for three steps, cut up over N
+ranks (one rank: whole). Printed are rank 0's bytes at rest (its parts of the parameters, B's
+gradients and moments) and the most that the third step allocates beyond them. With few tokens that
+is the layers that are gathered at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaModel
+
+from falqon.parallel.sharding import decoder_layers, shard
+from falqon.precision import FalqonPrecision
+
+
+def local_bytes(tensor: Tensor) -> int:
+    """Bytes of what this rank has of a tensor."""
+    return tensor.to_local().nbytes if isinstance(tensor, DTensor) else tensor.nbytes
+
+
+def peak_bytes(record: profile) -> int:
+    """Most bytes that were allocated at a time since the record began."""
+    held = peak = 0
+    assert record.profiler is not None and record.profiler.kineto_results is not None
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def build(args: argparse.Namespace) -> tuple[LlamaModel, FalqonPrecision]:
+    """The melded stack, cut up if there is more than one rank."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=args.hidden,
+        intermediate_size=4 * args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=args.tokens,
+    )
+    model = LlamaModel(config).requires_grad_(False)
+    plugin = FalqonPrecision(rank=args.rank, update=args.update)
+    plugin.convert(model)
+    if dist.get_world_size() > 1:
+        shard(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+        plugin.shard()
+    return model.train(), plugin
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--update", default="paper")
+    args = parser.parse_args(argv)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "29471")
+    dist.init_process_group("gloo")
+    model, plugin = build(args)
+    block = decoder_layers(model)[0]
+    layer = sum(p.numel() * p.element_size() for p in block.parameters())  # whole
+    trained = [layer.B for layer in plugin.layers.values()]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, foreach=False)
+    hidden = torch.randn(1, args.tokens, args.hidden, dtype=torch.bfloat16)
+
+    def step() -> None:
+        model(inputs_embeds=hidden, use_cache=False).last_hidden_state.float().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        assert plugin.proxy_update is not None
+        plugin.proxy_update.step(plugin.steps)
+        plugin.steps += 1
+
+    step()
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    rest = sum(local_bytes(p) for p in model.parameters())
+    rest += sum(3 * local_bytes(p) for p in trained)
+    if dist.get_rank() == 0:
+        print(
+            f"| {dist.get_world_size()} | {rest / 2**20:.1f} | {peak_bytes(record) / 2**20:.1f} | "
+            f"{layer / 2**20:.1f} |"
+        )
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
