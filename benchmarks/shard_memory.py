@@ -72,10 +72,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--update", default="paper")
     args = parser.parse_args(argv)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", "29471")
-    dist.init_process_group("gloo")
+    alone = "RANK" not in os.environ  # not started by torchrun
+    dist.init_process_group(
+        "gloo", **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {})
+    )
     model, plugin = build(args)
     block = decoder_layers(model)[0]
     layer = sum(p.numel() * p.element_size() for p in block.parameters())  # whole
