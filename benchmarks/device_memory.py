@@ -175,7 +175,8 @@ def count(size: str, setting: Setting, rank: int, tokens: int, every: int) -> Ro
     largest = max(m.in_features for m in layers.values())
     flush = largest**2 * (4 + 3 * 8)  # the moments; in float64 twice factored and once inverted
     hidden, trained = shape["hidden_size"], b * (4 + _ADAM) / 4
-    wire = wire_bytes(setting, codes, b, other, len(blocks), hidden, rank, tokens, every)
+    chosen = 4 * sum(m.out_features + min(m.out_features, rank) * rank for m in layers.values())
+    wire = wire_bytes(setting, codes, b, other, chosen / every, len(blocks), hidden, rank, tokens)
     return Row(codes / cut, trained / cut, other / cut, gathered, activations, flush, wire)
 
 
@@ -184,11 +185,11 @@ def wire_bytes(
     codes: float,
     b: float,
     other: float,
+    chosen: float,
     blocks: int,
     hidden: int,
     rank: int,
     tokens: int,
-    every: int,
 ) -> float:
     """Bytes that one device sends in a step of one batch, with ring algorithms.
 
@@ -197,8 +198,8 @@ def wire_bytes(
     share = (setting.data - 1) / setting.data
     sent = 2 * share * b
     if setting.name.startswith("fsdp2"):
-        # All weights forward and backward, gradients of B, and B once a write for its rows.
-        sent = share * (2 * (codes + b + other) + b + b / every)
+        # All weights forward and backward, gradients of B; norms and chosen rows of B are summed.
+        sent = share * (2 * (codes + b + other) + b + 2 * chosen)
     if setting.tensor > 1:
         # A layer: O and O_A of o and down, forward and again when it is computed again; dL/dx of
         # q/k/v and of gate/up; amax of four tensors in FP32.

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from falqon.choice import choose, choose_cut, drop_diverged
 from falqon.errors import InputError
 from falqon.kernels import (
     Compensation,
@@ -26,9 +27,9 @@ from falqon.kernels.row_update import LARGEST
 from falqon.linear import MeldedLinear
 from falqon.moments import InputMoments
 from falqon.parallel.layers import ShardedLayer
-from falqon.parallel.writes import add_up, part_write
+from falqon.parallel.writes import part_write
 from falqon.recipe import UpdateRecipe
-from falqon.rows import RowState, select_rows
+from falqon.rows import RowState
 
 
 @dataclass(frozen=True)
@@ -167,20 +168,26 @@ class ProxyUpdate:
         project = self.recipe.written == "project"
         lost: list[Tensor] = []
         written: list[int] = []
+        due: list[tuple[int, RowState]] = []
+        for index, (name, melded) in enumerate(self.layers.items()):
+            if only is not None and id(melded.B) not in only:
+                continue
+            state = self.states[name]
+            state.steps += 1
+            if state.steps % self.recipe.every == 0:
+                state.follow()
+                due.append((index, state))
+        chosen = choose_cut(self.recipe, [state for _, state in due])
 
         def writes() -> Iterator[_Write]:
-            for index, (name, melded) in enumerate(self.layers.items()):
-                if only is not None and id(melded.B) not in only:
-                    continue
-                state = self.states[name]
-                state.steps += 1
-                if state.steps % self.recipe.every:
-                    continue
-                state.follow()
-                state.open()
+            for index, state in due:
                 layer = state.layer
-                _drop_diverged(layer)
-                rows, change = self._select(layer, state)
+                rows: Tensor | None
+                if id(state) in chosen:
+                    rows, change = chosen[id(state)]
+                else:
+                    state.open()
+                    rows, change = choose(self.recipe, state)
                 write = self._prepare(layer, state, rows, change, index, project)
                 if clears:  # what is written was copied, and leaves B afterwards
                     lost.append(self._clear(layer, state, rows))
@@ -210,9 +217,7 @@ class ProxyUpdate:
         self._check()
         compensated = self._compensates
         for state in self.states.values():  # before the model is run with them
-            state.open()
-            _drop_diverged(state.layer)
-            state.close()
+            drop_diverged(state.own_b)
         counts: list[RowUpdateCounts] = []
         for group in self._groups() if compensated else [list(self.layers)]:
             moments = self._measure(group, calibrate) if compensated else None
@@ -270,9 +275,8 @@ class ProxyUpdate:
         is_open = self._compensates and not self._is_closed
         if is_open and any(state.steps for state in self.states.values()):
             return True
-        if self.is_sharded:
-            return any(bool(state.layer.pending().any()) for state in self.states.values())
-        return any(bool(layer.B.any()) for layer in self.layers.values())
+        held = torch.stack([state.own_b.any() for state in self.states.values()]).any()
+        return bool(self._over_ranks(held.float()[None])[0])
 
     def _check(self) -> None:
         """Once: codes that were loaded without the update's own state would be overwritten."""
@@ -297,34 +301,6 @@ class ProxyUpdate:
         layer.B.zero_()
         layer.B[rows] = kept
         return lost
-
-    def _select(
-        self, layer: MeldedLinear | ShardedLayer, state: RowState
-    ) -> tuple[Tensor | None, Tensor]:
-        """Rows to write, int64 [k] or None for all, and their pending change as a B [k, r]."""
-        recipe, out = self.recipe, layer.out_features
-        count = recipe.rows_of(out, layer.rank)
-        extra = 0
-        if recipe.max_age is not None:
-            extra = -(-out // (recipe.max_age // recipe.every))
-        pending = layer.pending()
-        if recipe.threshold:
-            enough = state.expected_flips(pending) >= recipe.threshold
-            pending = torch.where(enough[:, None], pending, 0.0)
-        if count + extra >= out:
-            return None, pending
-        # A row that nothing is pending for does not wait for its turn.
-        waiting = (pending != 0).any(dim=1)
-        since = torch.where(waiting, state.last_written, torch.iinfo(torch.int32).max)
-        rows = select_rows(self._score(state, pending), count, since, extra)
-        return rows, pending[rows]
-
-    def _score(self, state: RowState, pending: Tensor) -> Tensor:
-        if self.recipe.select == "l1":
-            return pending.abs().sum(dim=1)
-        if self.recipe.select == "norm":
-            return state.squares(pending)
-        return state.expected_flips(pending)
 
     def _prepare(
         self,
@@ -385,12 +361,15 @@ class ProxyUpdate:
         ]
         for (layer, state, held, rows, write, _), (_, kept) in zip(batch, results, strict=True):
             where = slice(None) if rows is None else rows
-            left = layer.B.new_zeros(len(held), layer.rank)
+            left = torch.zeros(len(held), layer.rank, device=held.device)
             if kept is not None:
                 left = kept / layer.lora_scaling
             if isinstance(layer, ShardedLayer) and write.compensation is not None:
                 layer.keep(write.codes)
-            layer.B[where] = torch.where(held[:, None], left, layer.B[where])
+            if isinstance(layer, ShardedLayer):
+                layer.replace_rows(rows, held, left)
+            else:
+                layer.B[where] = torch.where(held[:, None], left, layer.B[where])
             state.last_written[where] = torch.where(
                 held, state.steps - 1, state.last_written[where]
             )
@@ -415,9 +394,7 @@ class ProxyUpdate:
             for column in zip(*counts, strict=True)
         ]
         if self.is_sharded and partial:
-            first = next(iter(self.states.values())).layer
-            assert isinstance(first, ShardedLayer)
-            columns[1:] = add_up(first, columns[1:])
+            columns[1:] = self._over_ranks(torch.stack(columns[1:])).unbind()
         lost_by_layer = torch.stack(lost) if lost else torch.zeros_like(columns[-1])
         self._counts = [*(column.sum() for column in columns), lost_by_layer.sum()]
         if self._landed.device != columns[0].device:
@@ -426,20 +403,21 @@ class ProxyUpdate:
         self._landed[written] += columns[4]
         self._wanted[written] += columns[5] + lost_by_layer
 
+    def _over_ranks(self, sums: Tensor) -> Tensor:
+        """Add up, in place, over the ranks that hold other parts of the layers."""
+        first = next(iter(self.states.values())).layer
+        if isinstance(first, ShardedLayer):
+            first.sum(sums)
+        return sums
+
     def statistics(self) -> UpdateStatistics | None:
         """What the last write did; waits for the device. None before the first step."""
         if not any(state.steps for state in self.states.values()) and not self._counts:
             return None
-        pending = []
-        for state in self.states.values():
-            change = state.layer.pending()
-            waiting = (change != 0).any(dim=1)
-            state.follow()
-            age = (state.steps - 1 - state.last_written) * waiting
-            left = state.squares(change).sum(dtype=torch.float64)
-            pending.append(torch.stack([left, age.sum().double(), waiting.sum().double()]))
-        counts = torch.stack(self._counts) if self._counts else pending[0].new_zeros(7)
-        sums = torch.cat([counts, torch.stack(pending).sum(dim=0)]).tolist()
+        parts = [state.pending_sums() for state in self.states.values()]
+        pending = self._over_ranks(torch.stack(parts).sum(dim=0))
+        counts = torch.stack(self._counts) if self._counts else pending.new_zeros(7)
+        sums = torch.cat([counts, pending]).tolist()
         written, written_codes, flipped, saturated, projection, wanted, lost, *sums = sums
         squared, age, waiting = sums
         whole = [state.layer for state in self.states.values()]
@@ -498,9 +476,3 @@ class ProxyUpdate:
     def originals(self) -> dict[str, Tensor]:
         """What rows are derived from, by layer, in host memory; empty if they are not."""
         return {n: s.original for n, s in self.states.items() if s.original is not None}
-
-
-def _drop_diverged(layer: MeldedLinear | ShardedLayer) -> None:
-    """Clear rows of B that are not finite: they cannot be written, and would act for good."""
-    finite = torch.isfinite(layer.B.sum(dim=1, keepdim=True))
-    layer.B.copy_(torch.where(finite, layer.B, 0.0))

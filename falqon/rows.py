@@ -123,6 +123,27 @@ class RowState:
         return torch.equal(encode(self.original.float() * scale, E4M3, overwrite=True), codes)
 
     @property
+    def own_b(self) -> Tensor:
+        """The rows of B that are here, to be written to."""
+        layer = self.layer
+        return layer.own_b()[1] if isinstance(layer, ShardedLayer) else layer.B.detach()
+
+    def pending_sums(self) -> Tensor:
+        """Of the rows of B that are here and count: squared norm of what is pending, steps that
+        rows with something pending have waited, and their number; float64 [3]."""
+        layer, first = self.layer, 0
+        if isinstance(layer, ShardedLayer):
+            if not layer.gives_b:
+                return torch.zeros(3, dtype=torch.float64, device=layer.codes.device)
+            first, _ = layer.own_b()
+        change = self.own_b * layer.lora_scaling
+        waiting = (change != 0).any(dim=1)
+        self.follow()
+        age = (self.steps - 1 - self.last_written[first : first + len(change)]) * waiting
+        left = self.squares(change).sum(dtype=torch.float64)
+        return torch.stack([left, age.sum().double(), waiting.sum().double()])
+
+    @property
     def backbone(self) -> Tensor:
         """The codes without those of A, as far as they are here."""
         codes = self.layer.codes.detach()

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from falqon.errors import InputError
 from falqon.fp8 import E4M3, dequantize
 from falqon.linear import MeldedLinear
-from falqon.parallel.slices import bounds, is_cut, local_part
+from falqon.parallel.slices import bounds, is_cut
 
 
 @dataclass(frozen=True)
@@ -137,14 +137,46 @@ class ShardedLayer:
         self._whole_b = self._gather_b()
 
     def close(self) -> None:
-        """Keep this rank's rows of what B has become."""
-        mine: Tensor = self.layer.B.detach()
-        whole = self.B[slice(*self.rows)]
-        if isinstance(mine, DTensor):
-            mine.to_local().copy_(local_part(whole, mine))
-        else:
-            mine.copy_(whole)
+        """Keep this rank's rows of what B has become, if it is open."""
+        if self._whole_b is None:
+            return
+        start, own = self.own_b()
+        own.copy_(self._whole_b[start : start + len(own)])
         self._whole_b = None
+
+    def own_b(self) -> tuple[int, Tensor]:
+        """Number of the first row of B that this rank holds, and those rows, to be written to."""
+        own, start = self.layer.B.detach(), self.rows[0]
+        if isinstance(own, DTensor):
+            return start + bounds(own, 0)[0], own.to_local()
+        return start, own
+
+    def own_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Of rows, int64 [k]: which B has here, bool [k], and their places in `own_b`, int64."""
+        start, own = self.own_b()
+        here = (rows >= start) & (rows < start + len(own))
+        return here, rows[here] - start
+
+    @property
+    def gives_b(self) -> bool:
+        """Whether this rank's rows of B count where ranks put theirs together."""
+        return self.part is None or self.part.by_rows or self.part.index == 0
+
+    def replace_rows(self, rows: Tensor | None, held: Tensor, values: Tensor) -> None:
+        """Write rows of B, open or not.
+
+        Args:
+            rows: int64 [k], or None for all.
+            held: bool [k], which of them to replace.
+            values: float32 [k, r].
+        """
+        b, where = self._whole_b, slice(None) if rows is None else rows
+        if b is None:
+            assert rows is not None
+            here, where = self.own_rows(rows)
+            _, b = self.own_b()
+            held, values = held[here], values[here]
+        b[where] = torch.where(held[:, None], values, b[where])
 
     def _gather_b(self) -> Tensor:
         return self.gather_rows(self.layer.B.detach())

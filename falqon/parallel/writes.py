@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from falqon.kernels import Compensation, Origin, RowWrite
@@ -55,10 +54,3 @@ def part_write(
         layer.codes, layer.scale, local, change[here], index, origin, None, None, place
     )
     return write, written
-
-
-def add_up(layer: ShardedLayer, columns: list[Tensor]) -> list[Tensor]:
-    """Counts of parts, added up over the ranks that hold the others; all in one exchange."""
-    sums = torch.stack(columns)
-    layer.sum(sums)
-    return list(sums.unbind())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from falqon.checkpoint import read_checkpoint
+
 STEPS = "--trainer.max_steps=3"
 CHECKED = "--rank_checksum.every_n_steps=1"  # shards are no reason to stop
 
@@ -13,7 +15,7 @@ def add(two: Any, tiny_run: Callable) -> list[str]:
     """Add the runs; returns the names of policies."""
     policies = {
         "live": tiny_run(
-            update={"preset": "compensated", "every": 2, "calibration_rows": 6},
+            update={"preset": "compensated", "every": 2, "max_age": 12, "calibration_rows": 6},
             rounding="stochastic",
         ),
         "flips": tiny_run(update={"preset": "anchored", "select": "flips", "max_age": 12}),
@@ -28,7 +30,8 @@ def add(two: Any, tiny_run: Callable) -> list[str]:
         config["data"]["init_args"]["batch_size"] = 2
         for strategy in ("ddp", "fsdp2"):
             config["trainer"]["strategy"] = strategy
-            two.add(f"{name}-{strategy}", config, STEPS, CHECKED, answers=name == "flips")
+            more = {"watch": 3, "answers": False} if name == "live" else {"answers": True}
+            two.add(f"{name}-{strategy}", config, STEPS, CHECKED, **more)
     return list(policies)
 
 
@@ -42,3 +45,13 @@ def check(two: Any, policies: list[str]) -> None:
             assert one["hashes"] == other["hashes"], name
             assert one["hash"] == other["hash"], name  # after everything pending was written
             assert other["bytes_held"] < 0.52 * other["bytes_whole"]
+    # The second optimizer step writes rows: norms of all rows, and the rows, in an exchange each.
+    state = read_checkpoint(two.directory("live-ddp") / "checkpoints" / "last.ckpt")["state_dict"]
+    shapes = [tensor.shape for name, tensor in state.items() if name.endswith(".B")]
+    for note in two.notes("live-fsdp2"):
+        gathers = [place for place, (kind, _) in enumerate(note["sent"]) if kind == "all_gather"]
+        behind = [size for kind, size in note["sent"][gathers[-1] + 1 :] if kind != "barrier"]
+        assert len(gathers) == 7  # weights: three parts forward, one of which stays, two backward
+        norms, rows = behind[4:6]
+        assert norms == sum(out for out, _ in shapes)
+        assert rows == sum(min(out, 4 + -(-out // 6)) * rank for out, rank in shapes)
