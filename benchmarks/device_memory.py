@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from falqon.linear import MeldedLinear
 from falqon.meld import meld, melded_layers, plan
-from falqon.parallel.sharding import decoder_layers, placement
+from falqon.parallel.sharding import decoder_layers, placement, units
 from falqon.parallel.tensor import BY_COLUMNS
 from falqon.recipe import MeldRecipe
 
@@ -151,24 +151,23 @@ def count(size: str, setting: Setting, rank: int, tokens: int, every: int) -> Ro
     blocks = decoder_layers(model)
     gathered = 0.0
     if cut > 1:
-        # The layer at work, the next one on its way, a group's codes laid together, and what is
-        # of no layer: embedding, last norm and head, which stay while the step lasts.
+        # The largest unit while it is copied out of an exchange: as it came, without its padding,
+        # and as it is used; the gradients of its B; and what is of no layer: embedding, last norm
+        # and head, which stay while the step lasts.
         names = {id(m): n for n, m in layers.items()}
-        inside = [m for m in blocks[0].modules() if isinstance(m, MeldedLinear)]
-        layer = sum(
-            local_share(names[id(m)], kind, m, setting.tensor)
-            for m in inside
-            for kind in ("codes", "B")
-        )
-        gradient = sum(local_share(names[id(m)], "B", m, setting.tensor) for m in inside)
-        group = max(
-            sum(local_share(names[id(m)], "codes", m, setting.tensor) for m in part)
-            for part in (inside[:3], inside[4:6])
-        )
+
+        def held(unit: nn.Module, *kinds: str) -> float:
+            inside = melded_layers(unit).values()
+            return sum(
+                local_share(names[id(m)], k, m, setting.tensor) for m in inside for k in kinds
+            )
+
+        unit = max(units(blocks[0]), key=lambda unit: held(unit, "codes", "B"))
+        exchange = 3 * held(unit, "codes", "B") + held(unit, "B")
         outside = other - sum(
             size for block in blocks for _, p, size in parameter_bytes(block) if id(p) not in own
         )
-        gathered = 2 * layer + 2 * gradient + group + outside
+        gathered = exchange + outside
     saved, enters = saved_per_token(size, rank)
     logits = min(tokens, 512) * shape["vocab_size"] * (2 + 4 + 4)
     activations = tokens * (len(blocks) * enters + saved / setting.tensor) + logits

@@ -239,7 +239,7 @@ def _normed(norm: nn.Module, block: nn.Module, x: Tensor) -> tuple[Tensor, dict[
 
     A block with hooks gets the normed input, which they have always seen.
     """
-    if isinstance(block, Grouped) and not has_hooks(block):
+    if isinstance(block, Grouped) and not has_hooks(block, besides_fsdp=True):
         return x, {"norm": norm}
     return norm(x), {}
 

@@ -6,6 +6,7 @@ Shapes: T tokens, `in`/`out` features, r adapter rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,14 +27,25 @@ from falqon.kernels.native import melded
 from falqon.recipe import Fp8Recipe
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to see the module being called."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+def has_hooks(module: nn.Module, besides_fsdp: bool = False) -> bool:
+    """Whether somebody wants to see the module being called.
+
+    Args:
+        module: to look at.
+        besides_fsdp: leave out FSDP2's hooks, which gather the weights and look at nothing.
+    """
+    hooks = chain(
+        module._forward_hooks.values(),
+        module._forward_pre_hooks.values(),
+        module._backward_hooks.values(),
+        module._backward_pre_hooks.values(),
     )
+    return any(not (besides_fsdp and _is_of_fsdp(hook)) for hook in hooks)
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    owner = type(getattr(hook, "__self__", None))
+    return owner.__module__.startswith("torch.distributed.fsdp.")
 
 
 class _MeldedFunction(torch.autograd.Function):

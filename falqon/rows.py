@@ -131,17 +131,16 @@ class RowState:
     def pending_sums(self) -> Tensor:
         """Of the rows of B that are here and count: squared norm of what is pending, steps that
         rows with something pending have waited, and their number; float64 [3]."""
-        layer, first = self.layer, 0
+        layer, first, counts = self.layer, 0, True
         if isinstance(layer, ShardedLayer):
-            if not layer.gives_b:
-                return torch.zeros(3, dtype=torch.float64, device=layer.codes.device)
             first, _ = layer.own_b()
+            counts = layer.gives_b
         change = self.own_b * layer.lora_scaling
         waiting = (change != 0).any(dim=1)
         self.follow()
         age = (self.steps - 1 - self.last_written[first : first + len(change)]) * waiting
-        left = self.squares(change).sum(dtype=torch.float64)
-        return torch.stack([left, age.sum().double(), waiting.sum().double()])
+        left = self.squares(change).sum(dtype=torch.float64)  # all ranks look at A together
+        return torch.stack([left, age.sum().double(), waiting.sum().double()]) * counts
 
     @property
     def backbone(self) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
@@ -25,7 +27,7 @@ def placement(parameter: nn.Parameter) -> Shard:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The blocks that are gathered one at a time: the elements of the longest `nn.ModuleList`.
+    """The blocks that are gathered part by part: the elements of the longest `nn.ModuleList`.
 
     Raises:
         InputError: if the model has none.
@@ -63,8 +65,8 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """Cut a melded model up, in place; done already, nothing happens.
 
     A parameter is moved to the mesh's device only to be cut up, one decoder layer at a time: of a
-    model on the CPU no device ever holds more than its share and a layer. While a layer runs, the
-    next one is gathered.
+    model on the CPU no device ever holds more than its share and a layer. Attention and MLP are
+    gathered one after the other: while one runs, the next is on its way.
 
     Args:
         model: after melding.
@@ -76,37 +78,38 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     if isinstance(model, FSDPModule):
         return
     check_divisible(model, mesh.size())
-    # A scale is one number, and every rank needs it: cutting it up would leave all but one nothing.
     device = (
         torch.device(mesh.device_type, torch.cuda.current_device())
         if (mesh.device_type == "cuda")
         else torch.device(mesh.device_type)
     )
-    scales = set()
-    for layer in melded_layers(model).values():
-        layer.scale.data = layer.scale.data.to(device)
-        scales.add(layer.scale)
-    blocks = decoder_layers(model)
-    for block in blocks:
-        fully_shard(
-            block,
-            mesh=mesh,
-            reshard_after_forward=True,
-            shard_placement_fn=placement,
-            ignored_params=scales,
-        )
-    # The last block is needed first in the backward pass: FSDP2 prefetches in the reverse order.
-    for block, following in pairwise(blocks):
-        assert isinstance(block, FSDPModule) and isinstance(following, FSDPModule)
-        block.set_modules_to_forward_prefetch([following])
-        following.set_modules_to_backward_prefetch([block])
-    fully_shard(
-        model,
-        mesh=mesh,
-        reshard_after_forward=True,
-        shard_placement_fn=placement,
-        ignored_params=scales,
-    )
+    parts = [unit for block in decoder_layers(model) for unit in units(block)]
+    # Every rank needs all of a scale, which is one number, and norms are not worth an exchange.
+    cut = {p for part in parts for p in part.parameters()}
+    whole = {layer.scale for layer in melded_layers(model).values()}
+    whole |= {p for block in decoder_layers(model) for p in block.parameters() if p not in cut}
+    for parameter in whole:
+        parameter.data = parameter.data.to(device)
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "reshard_after_forward": True,
+        "shard_placement_fn": placement,
+        "ignored_params": whole,
+    }
+    for part in parts:
+        fully_shard(part, **options)
+    for part, following in pairwise(parts):
+        assert isinstance(part, FSDPModule) and isinstance(following, FSDPModule)
+        part.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([part])
+    fully_shard(model, **options)
+    # Our attention and MLP give views, and decoder layers do not write into them.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPGrouped", UserWarning)
+
+
+def units(block: nn.Module) -> list[nn.Module]:
+    """What of a decoder layer is gathered at a time: attention, and MLP or experts."""
+    return [child for child in block.children() if any(p.dim() > 1 for p in child.parameters())]
 
 
 def parallelize(model: nn.Module, strategy: Strategy) -> None:
