@@ -29,7 +29,7 @@ from falqon.checkpoint import LAST, SERVED, BackgroundCheckpointIO, read_header
 from falqon.checkpoint.sharded import recover
 from falqon.errors import InputError
 from falqon.files import write_text
-from falqon.parallel.lost import RankLost, explain, is_restarted, separate_attempts
+from falqon.parallel.lost import RankLost, RankWatch, explain, is_restarted, separate_attempts
 from falqon.parallel.strategies import refuse
 from falqon.precision import FalqonPrecision
 
@@ -262,7 +262,7 @@ def run(args: list[str] | None = None) -> FalqonCLI:
                 "default_root_dir": "runs/default",
                 "use_distributed_sampler": False,
                 "num_sanity_val_steps": -1,
-                "callbacks": [Throughput(), ProxyMonitor(), PredictionFile()],
+                "callbacks": [Throughput(), ProxyMonitor(), PredictionFile(), RankWatch(LAST)],
             },
             parser_kwargs={"parser_mode": "omegaconf+"},
             auto_configure_optimizers=False,

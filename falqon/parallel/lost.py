@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
 
+from lightning.pytorch import Callback
 from torch import distributed as dist
 
 from falqon.errors import InputError
@@ -46,10 +54,15 @@ def explain(error: BaseException, saved: str) -> RankLost | None:
         return None
     rank = dist.get_rank()
     return RankLost(
+        _message(rank, str(error).strip().splitlines()[-1][:120], saved), _is_first(rank)
+    )
+
+
+def _message(rank: int, why: str, saved: str) -> str:
+    return (
         f"rank {rank} cannot reach another rank any more: its process was killed, or its machine "
-        f"or network failed ({str(error).strip().splitlines()[-1][:120]}). All ranks stop. Resume "
-        f"from {saved} with --ckpt_path last; torchrun --max-restarts does so on its own.",
-        _is_first(rank),
+        f"or network failed ({why}). All ranks stop. Resume from {saved} with --ckpt_path last; "
+        "torchrun --max-restarts does so on its own."
     )
 
 
@@ -59,6 +72,50 @@ def _is_first(rank: int) -> bool:
         return int(dist.distributed_c10d._get_default_store().add("falqon/lost", 1)) == 1
     except (RuntimeError, ValueError):
         return rank == 1  # the store was rank zero's: that is the one which is gone
+
+
+class RankWatch(Callback):
+    """Gives rank zero, where it has started the others, time to end by itself when one is gone.
+
+    Lightning kills rank zero within five seconds of another rank's death, without a word on what
+    to do, be it in the middle of a step or of a checkpoint. Rank zero notices by itself when it
+    next talks to the others; only if it does not within `patience` seconds, it is ended here.
+
+    Args:
+        saved: the checkpoint to go on from, in the run's directory.
+        patience: seconds.
+    """
+
+    def __init__(self, saved: Path, patience: float = 120.0) -> None:
+        self.saved, self.patience = saved, patience
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Take the place of Lightning's observer."""
+        started: list[subprocess.Popen[Any]] = getattr(trainer.strategy.launcher, "procs", [])
+        if not started:
+            return
+        for thread in threading.enumerate():
+            if thread.name == "child-process-observer":
+                thread._sleep_period = 10**8  # type: ignore[attr-defined]
+                thread.name = "child-process-observer, relieved"
+                root = Path(trainer.default_root_dir)
+                watch = threading.Thread(target=self._watch, args=(started, root), daemon=True)
+                watch.start()
+
+    def _watch(self, started: list[subprocess.Popen[Any]], root: Path) -> None:
+        while not any(process.poll() for process in started):
+            if all(process.returncode == 0 for process in started):
+                return
+            time.sleep(0.5)
+        time.sleep(self.patience)  # this thread ends with the process
+        gone = next(process for process in started if process.returncode)
+        why = f"process {gone.pid} ended with status {gone.returncode}"
+        message = _message(0, why, str(root / self.saved))
+        print(f"train.py: error: {message}", file=sys.stderr, flush=True)
+        for process in started:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+        os._exit(1)
 
 
 def is_restarted() -> bool:

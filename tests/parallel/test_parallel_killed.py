@@ -81,6 +81,36 @@ def test_all_ranks_end_with_one_message(config: dict, tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] == 2
 
 
+def test_a_rank_zero_that_does_not_notice_is_ended() -> None:
+    script = """
+import subprocess, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from lightning.fabric.strategies.launchers.subprocess_script import _launch_process_observer
+from falqon.parallel.lost import RankWatch
+started = [subprocess.Popen([sys.executable, "-c", code]) for code in (
+    "import time; time.sleep(8); raise SystemExit(3)", "import time; time.sleep(100)")]
+_launch_process_observer(started)
+print(started[1].pid, flush=True)
+strategy = SimpleNamespace(launcher=SimpleNamespace(procs=started))
+trainer = SimpleNamespace(strategy=strategy, default_root_dir="root")
+RankWatch(Path("last.ckpt"), patience=7).setup(trainer, None, "fit")
+time.sleep(100)
+"""
+    began = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1  # and not by Lightning's signal
+    assert 15 <= time.monotonic() - began < 90
+    assert result.stderr.count(MESSAGE) == 1 and "ended with status 3" in result.stderr
+    assert "root/last.ckpt" in result.stderr and "Traceback" not in result.stderr
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{int(result.stdout)}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert time.monotonic() < deadline  # the third rank is gone as well
+
+
 def test_other_errors_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert explain(RuntimeError("Connection closed by peer"), "x") is None  # no other rank
     for name, value, expected in (
