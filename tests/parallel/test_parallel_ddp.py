@@ -24,6 +24,20 @@ def test_three_ranks_accumulate_and_resume(jobs: Callable, tiny_run: Callable) -
     three.add("straight", config)
     three.add("broken", config, "--trainer.max_steps=2")
     three.add("resumed", config, "--ckpt_path=last", into="broken")
+    # Two ranks save in parts, three go on: steps of the same six rows, and the same bits.
+    exact = tiny_run(update=live)
+    exact["model"]["init_args"]["exact_sums"] = True
+    exact["trainer"] |= {"max_steps": 4, "limit_val_batches": 0}
+    exact["checkpoint"]["complete"] = True
+    exact["data"]["init_args"]["batch_size"] = 3
+    exact["trainer"]["strategy"] = "fsdp2"
+    two = jobs(2)
+    two.add("two", exact, "--trainer.max_steps=3")
+    two.run()
+    exact["data"]["init_args"]["batch_size"] = 2
+    exact["trainer"]["strategy"] = "ddp"
+    three.add("whole", exact)
+    three.add("more", exact, f"--ckpt_path={two.directory('two') / 'checkpoints' / 'last.ckpt'}")
     three.run()
     notes = three.notes("straight")
     assert len(notes[0]["hashes"]) == 8
@@ -33,9 +47,10 @@ def test_three_ranks_accumulate_and_resume(jobs: Callable, tiny_run: Callable) -
         assert ranks[0]["hashes"] == ranks[1]["hashes"] == ranks[2]["hashes"], name
     hashes = [
         training_hash(read_checkpoint(three.directory(name) / "checkpoints" / "last.ckpt"))
-        for name in ("straight", "broken")
+        for name in ("straight", "broken", "whole", "more")
     ]
-    assert hashes[0] == hashes[1]
+    assert hashes[0] == hashes[1] and hashes[2] == hashes[3]
+    assert len(three.notes("more")[0]["hashes"]) == 1
 
 
 @pytest.mark.parametrize(
