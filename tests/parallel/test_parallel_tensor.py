@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from falqon.parallel.tensor import check
 from falqon.recipe import MeldRecipe, fp8_recipe
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 4, reason="four processes need four cores")
 def test_fsdp2_and_tensor_parallelism_at_once(
     jobs: Callable, tiny_run: Callable, cli: Callable, tmp_path: Path
 ) -> None:
