@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from falqon.linear import MeldedLinear
 from falqon.meld import meld, melded_layers, plan
-from falqon.parallel.sharding import decoder_layers, placement, units
+from falqon.parallel.sharding import decoder_layers, placement
 from falqon.parallel.tensor import BY_COLUMNS
 from falqon.recipe import MeldRecipe
 
@@ -151,19 +151,18 @@ def count(size: str, setting: Setting, rank: int, tokens: int, every: int) -> Ro
     blocks = decoder_layers(model)
     gathered = 0.0
     if cut > 1:
-        # The largest unit while it is copied out of an exchange: as it came, without its padding,
-        # and as it is used; the gradients of its B; and what is of no layer: embedding, last norm
-        # and head, which stay while the step lasts.
-        names = {id(m): n for n, m in layers.items()}
+        # While gate and up run: as they are used, as they came, and laid together; down, which is
+        # on its way; the gradients of their B; and what is of no layer: embedding, last norm and
+        # head, which stay while the step lasts.
+        first = melded_layers(blocks[0])
 
-        def held(unit: nn.Module, *kinds: str) -> float:
-            inside = melded_layers(unit).values()
-            return sum(
-                local_share(names[id(m)], k, m, setting.tensor) for m in inside for k in kinds
-            )
+        def held(kind: str, *ends: str) -> float:
+            parts = [(n, m) for n, m in first.items() if n.endswith(ends)]
+            return sum(local_share(n, kind, m, setting.tensor) for n, m in parts)
 
-        unit = max(units(blocks[0]), key=lambda unit: held(unit, "codes", "B"))
-        exchange = 3 * held(unit, "codes", "B") + held(unit, "B")
+        group = ("gate_proj", "up_proj")
+        exchange = 2 * (held("codes", *group) + held("B", *group)) + held("codes", *group)
+        exchange += held("codes", "down_proj") + held("B", "down_proj") + held("B", *group)
         outside = other - sum(
             size for block in blocks for _, p, size in parameter_bytes(block) if id(p) not in own
         )

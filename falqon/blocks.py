@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import transformers
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama as llama
@@ -25,13 +26,12 @@ from falqon.groups import (
     has_hooks,
     norm_quantizer,
     reason_against,
-    run_together,
     swiglu_quantizer,
     tie,
 )
 from falqon.kernels import RmsNormQuantize, SwigluQuantize
 from falqon.kernels.native import attention
-from falqon.linear import MeldedLinear, apply_melded
+from falqon.linear import MeldedLinear
 
 _OTHER_ATTENTION = ("softcap", "position_bias", "output_attentions", "cache", "is_causal")
 ATTENTION_GROUP = ("q_proj", "k_proj", "v_proj")
@@ -65,6 +65,14 @@ class Grouped(nn.Module):
         tie(self.group())  # copies of parameters have memory of their own
 
 
+def _takes_source(layer: nn.Module) -> bool:
+    """Whether it is a melded layer as it was made, but for FSDP2, which may gather it by itself."""
+    kind = type(layer)
+    if isinstance(layer, FSDPModule):
+        kind = kind.__bases__[-1]
+    return kind is MeldedLinear and not has_hooks(layer, besides_fsdp=True)
+
+
 class GroupedMlp(Grouped):
     """A gated MLP: gate and up are a group, the activation quantises the input of down.
 
@@ -89,10 +97,9 @@ class GroupedMlp(Grouped):
         """
         gate, up = apply_group(self.group(), x, norm, self.norm_quantize)
         down = self.down_proj
-        if self.swiglu_quantize is None or has_hooks(self.act_fn) or not run_together([down]):
+        if self.swiglu_quantize is None or has_hooks(self.act_fn) or not _takes_source(down):
             return down(self.act_fn(gate) * up)
-        assert isinstance(down, MeldedLinear)
-        return apply_melded((down,), gate, up, source=self.swiglu_quantize)[0]
+        return down(gate, up, source=self.swiglu_quantize)
 
 
 class GroupedAttention(Grouped):

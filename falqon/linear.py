@@ -251,11 +251,12 @@ class MeldedLinear(nn.Module):
         self.proxy_grad = ProxyGrad()
         self.pending_term = Pending()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *more: Tensor, source: nn.Module | None = None) -> Tensor:
         """Apply the layer.
 
         Args:
             x: [..., in], bfloat16, float16 or float32.
+            more, source: as `apply_melded` takes them, where `source` makes the input.
 
         Returns:
             [..., out] in the dtype of `x`.
@@ -263,7 +264,7 @@ class MeldedLinear(nn.Module):
         Raises:
             ValueError: if the last dimension of `x` is not `in`.
         """
-        return apply_melded((self,), x)[0]
+        return apply_melded((self,), x, *more, source=source)[0]
 
     @torch.no_grad()
     def pending(self) -> Tensor:

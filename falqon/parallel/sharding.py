@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 
+from falqon.blocks import GroupedMlp
 from falqon.errors import InputError
 from falqon.meld import melded_layers
 from falqon.parallel.tensor import tensor_parallel
@@ -65,8 +66,8 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """Cut a melded model up, in place; done already, nothing happens.
 
     A parameter is moved to the mesh's device only to be cut up, one decoder layer at a time: of a
-    model on the CPU no device ever holds more than its share and a layer. Attention and MLP are
-    gathered one after the other: while one runs, the next is on its way.
+    model on the CPU no device ever holds more than its share and a layer. The `units` of layers
+    are gathered one after the other: while one runs, the next is on its way.
 
     Args:
         model: after melding.
@@ -96,7 +97,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
         "shard_placement_fn": placement,
         "ignored_params": whole,
     }
-    for part in parts:
+    for part in reversed(parts):  # what is inside another first
         fully_shard(part, **options)
     for part, following in pairwise(parts):
         assert isinstance(part, FSDPModule) and isinstance(following, FSDPModule)
@@ -108,8 +109,17 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def units(block: nn.Module) -> list[nn.Module]:
-    """What of a decoder layer is gathered at a time: attention, and MLP or experts."""
-    return [child for child in block.children() if any(p.dim() > 1 for p in child.parameters())]
+    """What of a decoder layer is gathered at a time, in the order in which it runs.
+
+    Its attention; its MLP or experts, of which gate and up, that run together, and down apart.
+    """
+    found: list[nn.Module] = []
+    for child in block.children():
+        if any(p.dim() > 1 for p in child.parameters()):
+            found.append(child)
+        if isinstance(child, GroupedMlp):
+            found.append(child.down_proj)
+    return found
 
 
 def parallelize(model: nn.Module, strategy: Strategy) -> None:

@@ -51,8 +51,8 @@ def check(two: Any, policies: list[str]) -> None:
     for note in two.notes("live-fsdp2"):
         gathers = [place for place, (kind, _) in enumerate(note["sent"]) if kind == "all_gather"]
         behind = [size for kind, size in note["sent"][gathers[-1] + 1 :] if kind != "barrier"]
-        # Weights, forward and backward: embedding, attention and MLP of two layers; the head once.
-        assert len(gathers) == 2 * (1 + 4) + 1
+        # Weights, forward and backward: embedding, three units of two layers; the head once.
+        assert len(gathers) == 2 * (1 + 2 * 3) + 1
         norms, rows = behind[4:6]
         assert norms == sum(out for out, _ in shapes)
         assert rows == sum(min(out, 4 + -(-out // 6)) * rank for out, rank in shapes)
