@@ -24,7 +24,7 @@ def choose(recipe: UpdateRecipe, state: RowState) -> tuple[Tensor | None, Tensor
     if recipe.threshold:
         enough = state.expected_flips(pending) >= recipe.threshold
         pending = torch.where(enough[:, None], pending, 0.0)
-    if _writes_all(recipe, layer):
+    if sum(_counts(recipe, layer)) >= layer.out_features:
         return None, pending
     rows = _best(recipe, state, _score(recipe, state, pending), (pending != 0).any(dim=1))
     return rows, pending[rows]
@@ -33,7 +33,8 @@ def choose(recipe: UpdateRecipe, state: RowState) -> tuple[Tensor | None, Tensor
 def choose_cut(recipe: UpdateRecipe, states: list[RowState]) -> dict[int, tuple[Tensor, Tensor]]:
     """As `choose`, of layers that are cut up, where L1 norms are all that it takes.
 
-    B stays where it is: norms and the chosen rows are exchanged, of all layers at once.
+    B stays where it is: norms and the chosen rows are exchanged, of all layers at once. Where more
+    than half of the rows are chosen, that would be too much to hold.
 
     Returns:
         By id of the state; those that are left out have to be opened and given to `choose`.
@@ -43,9 +44,13 @@ def choose_cut(recipe: UpdateRecipe, states: list[RowState]) -> dict[int, tuple[
     cut: list[RowState] = []
     layers: list[ShardedLayer] = []
     for state in states:
-        if isinstance(state.layer, ShardedLayer) and not _writes_all(recipe, state.layer):
+        layer = state.layer
+        if (
+            isinstance(layer, ShardedLayer)
+            and 2 * sum(_counts(recipe, layer)) <= layer.out_features
+        ):
             cut.append(state)
-            layers.append(state.layer)
+            layers.append(layer)
             drop_diverged(state.own_b)
     if not cut:
         return {}
@@ -67,10 +72,6 @@ def _counts(recipe: UpdateRecipe, layer: MeldedLinear | ShardedLayer) -> tuple[i
     if recipe.max_age is not None:
         extra = -(-layer.out_features // (recipe.max_age // recipe.every))
     return recipe.rows_of(layer.out_features, layer.rank), extra
-
-
-def _writes_all(recipe: UpdateRecipe, layer: MeldedLinear | ShardedLayer) -> bool:
-    return sum(_counts(recipe, layer)) >= layer.out_features
 
 
 def _score(recipe: UpdateRecipe, state: RowState, pending: Tensor) -> Tensor:

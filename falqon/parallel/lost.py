@@ -75,11 +75,12 @@ def _is_first(rank: int) -> bool:
 
 
 class RankWatch(Callback):
-    """Gives rank zero, where it has started the others, time to end by itself when one is gone.
+    """Gives a rank that has started others time to end by itself when one of them is gone.
 
-    Lightning kills rank zero within five seconds of another rank's death, without a word on what
-    to do, be it in the middle of a step or of a checkpoint. Rank zero notices by itself when it
-    next talks to the others; only if it does not within `patience` seconds, it is ended here.
+    Where train.py starts a node's ranks itself, Lightning kills the first of them within five
+    seconds of another one's death, without a word on what to do, be it in the middle of a step or
+    of a checkpoint. It notices by itself when it next talks to the others; only if it does not
+    within `patience` seconds, it is ended here.
 
     Args:
         saved: the checkpoint to go on from, in the run's directory.
@@ -98,11 +99,11 @@ class RankWatch(Callback):
             if thread.name == "child-process-observer":
                 thread._sleep_period = 10**8  # type: ignore[attr-defined]
                 thread.name = "child-process-observer, relieved"
-                root = Path(trainer.default_root_dir)
-                watch = threading.Thread(target=self._watch, args=(started, root), daemon=True)
+                arguments = (started, trainer.global_rank, Path(trainer.default_root_dir))
+                watch = threading.Thread(target=self._watch, args=arguments, daemon=True)
                 watch.start()
 
-    def _watch(self, started: list[subprocess.Popen[Any]], root: Path) -> None:
+    def _watch(self, started: list[subprocess.Popen[Any]], rank: int, root: Path) -> None:
         while not any(process.poll() for process in started):
             if all(process.returncode == 0 for process in started):
                 return
@@ -110,12 +111,14 @@ class RankWatch(Callback):
         time.sleep(self.patience)  # this thread ends with the process
         gone = next(process for process in started if process.returncode)
         why = f"process {gone.pid} ended with status {gone.returncode}"
-        message = _message(0, why, str(root / self.saved))
-        print(f"train.py: error: {message}", file=sys.stderr, flush=True)
-        for process in started:
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-        os._exit(1)
+        message = _message(rank, why, str(root / self.saved))
+        try:
+            print(f"train.py: error: {message}", file=sys.stderr, flush=True)
+        finally:  # also if nobody listens any more
+            for process in started:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGKILL)
+            os._exit(1)
 
 
 def is_restarted() -> bool:

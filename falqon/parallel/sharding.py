@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 
-from falqon.blocks import GroupedMlp
+from falqon.blocks import GroupedDecoderLayer, GroupedMlp
 from falqon.errors import InputError
 from falqon.meld import melded_layers
 from falqon.parallel.tensor import tensor_parallel
@@ -90,6 +90,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     whole = {layer.scale for layer in melded_layers(model).values()}
     whole |= {p for block in decoder_layers(model) for p in block.parameters() if p not in cut}
     for parameter in whole:
+        assert not parameter.requires_grad
         parameter.data = parameter.data.to(device)
     options: dict[str, Any] = {
         "mesh": mesh,
@@ -105,20 +106,21 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
         following.set_modules_to_backward_prefetch([part])
     fully_shard(model, **options)
     # Our attention and MLP give views, and decoder layers do not write into them.
-    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPGrouped", UserWarning)
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDP(Grouped|Melded)")
 
 
 def units(block: nn.Module) -> list[nn.Module]:
     """What of a decoder layer is gathered at a time, in the order in which it runs.
 
-    Its attention; its MLP or experts, of which gate and up, that run together, and down apart.
+    Of those whose order is known: attention; gate and up, which run together; down. Others whole:
+    parts that run side by side, or that a norm behind them starts to compute again, would be
+    gathered too often or have their gradients summed in another order than without shards.
     """
-    found: list[nn.Module] = []
-    for child in block.children():
-        if any(p.dim() > 1 for p in child.parameters()):
-            found.append(child)
-        if isinstance(child, GroupedMlp):
-            found.append(child.down_proj)
+    if not isinstance(block, GroupedDecoderLayer):
+        return [block]
+    found = [block.self_attn, block.mlp]
+    if isinstance(block.mlp, GroupedMlp):
+        found.append(block.mlp.down_proj)
     return found
 
 

@@ -93,7 +93,7 @@ started = [subprocess.Popen([sys.executable, "-c", code]) for code in (
 _launch_process_observer(started)
 print(started[1].pid, flush=True)
 strategy = SimpleNamespace(launcher=SimpleNamespace(procs=started))
-trainer = SimpleNamespace(strategy=strategy, default_root_dir="root")
+trainer = SimpleNamespace(strategy=strategy, global_rank=0, default_root_dir="root")
 RankWatch(Path("last.ckpt"), patience=7).setup(trainer, None, "fit")
 time.sleep(100)
 """

@@ -9,9 +9,9 @@ import pytest
 from cases_tensor import TENSOR, alone, compare
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from falqon import InputError, ShardedStrategy
+from falqon import FalqonPrecision, InputError, ShardedStrategy
 from falqon.meld import meld
-from falqon.parallel.sharding import check_divisible
+from falqon.parallel.sharding import check_divisible, decoder_layers, units
 from falqon.parallel.tensor import check
 from falqon.recipe import MeldRecipe, fp8_recipe
 
@@ -59,6 +59,17 @@ def test_what_cannot_be_cut_up() -> None:
     meld(model, fp8_recipe("none"), MeldRecipe(rank=4))
     with pytest.raises(InputError, match="float32"):
         check_divisible(model, 2)
+
+
+def test_what_is_gathered_at_a_time() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=40, num_hidden_layers=1, **sizes)
+    model = LlamaForCausalLM(config)
+    (block,) = decoder_layers(model)
+    assert units(block) == [block]  # a decoder layer that is not ours
+    FalqonPrecision(rank=4).convert(model)
+    (block,) = decoder_layers(model)
+    assert units(block) == [block.self_attn, block.mlp, block.mlp.down_proj]
 
 
 @pytest.mark.parametrize(
