@@ -7,6 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+import yaml
+from cases_tensor import column
+
 from falqon.checkpoint import hash_tensors, read_checkpoint
 
 NAME = "model.layers.1.mlp.up_proj"
@@ -46,6 +50,16 @@ def check(two: Any, exact: dict, cli: Callable, tmp_path: Path) -> None:
         assert sum(sizes[:-1]) <= 4  # sums of loss and tokens
     first, second = two.notes("watched")
     assert first["hashes"] == second["hashes"]
+
+    # One rank with batches twice as large: the same up to the order of sums.
+    config = yaml.safe_load(Path(two.root / "watched-2.yaml").read_text())
+    config["data"]["init_args"]["batch_size"] = 4
+    config["trainer"] |= {"default_root_dir": str(tmp_path / "large"), "devices": 1}
+    config["trainer"] |= {"strategy": "auto", "max_steps": 3}
+    cli("fit", config)
+    for key in ("train/loss", "grad_norm", "val/loss"):
+        wanted = column(tmp_path / "large", key)
+        assert column(two.directory("watched"), key) == pytest.approx(wanted, rel=2e-2), key
 
     # Once over both ranks: metrics, W&B, progress bar, report, messages.
     root = two.directory("watched")
