@@ -151,18 +151,23 @@ def count(size: str, setting: Setting, rank: int, tokens: int, every: int) -> Ro
     blocks = decoder_layers(model)
     gathered = 0.0
     if cut > 1:
-        # While gate and up run: as they are used, as they came, and laid together; down, which is
-        # on its way; the gradients of their B; and what is of no layer: embedding, last norm and
-        # head, which stay while the step lasts.
+        # Gate and up as they arrive: what came, sorted by columns, and as they are used. Or while
+        # they run: as they are used and laid together, attention or down on its way, the gradients
+        # of their B. And what is of no layer: embedding, last norm and head, which stay while the
+        # step lasts.
         first = melded_layers(blocks[0])
 
         def held(kind: str, *ends: str) -> float:
             parts = [(n, m) for n, m in first.items() if n.endswith(ends)]
             return sum(local_share(n, kind, m, setting.tensor) for n, m in parts)
 
-        group = ("gate_proj", "up_proj")
-        exchange = 2 * (held("codes", *group) + held("B", *group)) + held("codes", *group)
-        exchange += held("codes", "down_proj") + held("B", "down_proj") + held("B", *group)
+        group = held("codes", "gate_proj", "up_proj")
+        group_b = held("B", "gate_proj", "up_proj")
+        coming = max(
+            held("codes", *ends) + held("B", *ends)
+            for ends in (("down_proj",), ("q_proj", "k_proj", "v_proj", "o_proj"))
+        )
+        exchange = max(3 * group + 2 * group_b, 2 * group + 2 * group_b + coming)
         outside = other - sum(
             size for block in blocks for _, p, size in parameter_bytes(block) if id(p) not in own
         )

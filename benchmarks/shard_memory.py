@@ -1,12 +1,16 @@
-"""What a rank of FSDP2 allocates in a training step, counted by the profiler on CPU processes.
+"""What a rank of FSDP2 allocates in a training step, counted by the profiler on a CPU.
 
-    torchrun --nproc-per-node N -m benchmarks.shard_memory --layers 8 --hidden 512
+    python -m benchmarks.shard_memory --ranks N --layers 12 --hidden 512
+    torchrun --nproc-per-node N -m benchmarks.shard_memory --layers 12 --hidden 512
 
 A stack of decoder layers with random weights is melded and trained for some steps, cut up over N
 ranks (one rank: whole). Printed are the ranks, rank 0's bytes at rest (its parts of the parameters,
 B's gradients and moments), the most that a step allocates beyond them, in the best and in the worst
 of the steps, and what a decoder layer has; MiB. With few tokens a step allocates what is gathered
-at a time. The best step counts: gloo's threads free late what they are done with.
+at a time. The first command is one process that makes believe to be rank 0: what it gathers is of
+the right size and arrives at once, as torch's `fake` backend has it, so all steps are alike. The
+second really gathers, over gloo, whose threads free late, and how late differs, what they are done
+with.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, LlamaModel
 
 from falqon.parallel.sharding import decoder_layers, shard
@@ -57,6 +62,8 @@ def build(args: argparse.Namespace) -> tuple[LlamaModel, FalqonPrecision]:
     model = LlamaModel(config).requires_grad_(False)
     plugin = FalqonPrecision(rank=args.rank, update=args.update)
     plugin.convert(model)
+    if args.checkpointing:
+        model.gradient_checkpointing_enable()
     if dist.get_world_size() > 1:
         shard(model, init_device_mesh("cpu", (dist.get_world_size(),)))
         plugin.shard()
@@ -67,6 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--ranks", type=int, default=1, help="without torchrun")
+    parser.add_argument("--checkpointing", action="store_true", help="of gradients, layer by layer")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=8)
@@ -74,10 +83,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--update", default="paper")
     parser.add_argument("--steps", type=int, default=8)
     args = parser.parse_args(argv)
-    alone = "RANK" not in os.environ  # not started by torchrun
-    dist.init_process_group(
-        "gloo", **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {})
-    )
+    if "RANK" in os.environ:  # torchrun
+        dist.init_process_group("gloo")
+    else:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=args.ranks)
     model, plugin = build(args)
     block = decoder_layers(model)[0]
     layer = sum(p.numel() * p.element_size() for p in block.parameters())  # whole

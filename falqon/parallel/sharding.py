@@ -105,6 +105,9 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
         part.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([part])
     fully_shard(model, **options)
+    for part in parts:  # else what came is kept until the next comes, beside what it was copied to
+        assert isinstance(part, FSDPModule)
+        part._set_unshard_async_op(True)
     # Our attention and MLP give views, and decoder layers do not write into them.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDP(Grouped|Melded)")
 
