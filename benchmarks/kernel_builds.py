@@ -138,13 +138,19 @@ def _matmuls(arch: int) -> Iterator[Build]:
     # Kinds: name, format of left, row-major weight, native, segments, sizes multiples of 16.
     kinds = [
         ("melded_matmul", "fp8e4nv", False, True, 2, True),
+        ("melded_matmul, onto", "fp8e4nv", False, True, 2, True),
         ("melded_matmul, odd rank", "fp8e4nv", False, True, 2, False),
         ("melded_matmul, q/k/v", "fp8e4nv", False, True, 6, True),
+        ("melded_matmul, q/k/v, onto", "fp8e4nv", False, True, 6, True),
         ("melded_matmul, q/k/v, odd rank", "fp8e4nv", False, True, 6, False),
         ("backbone_matmul", "fp8e5", False, True, 1, True),
+        ("backbone_matmul, onto", "fp8e5", False, True, 1, True),
         ("backbone_matmul, row-major", "fp8e5", True, True, 1, True),
+        ("backbone_matmul, row-major, onto", "fp8e5", True, True, 1, True),
         ("melded_matmul, float16", "u8", False, False, 2, True),
+        ("melded_matmul, float16, onto", "u8", False, False, 2, True),
         ("backbone_matmul, float16, row-major", "u8", True, False, 1, True),
+        ("backbone_matmul, float16, row-major, onto", "u8", True, False, 1, True),
     ]
     for name, left, row_major, native, segments, aligned in kinds:
         # Architectures without FP8 units get 16-bit operands, and only they do.
@@ -153,7 +159,8 @@ def _matmuls(arch: int) -> Iterator[Build]:
             continue
         loads = (False, True) if native and aligned and arch >= 90 else (False,)
         for descriptors in loads:
-            for config in matmul_triton.configurations(known, row_major, segments, aligned):
+            onto = name.endswith("onto")
+            for config in matmul_triton.configurations(known, row_major, segments, aligned, onto):
                 tile = "x".join(str(config.kwargs[f"BLOCK_{x}"]) for x in "MNK")
                 shape = f"{tile}, {config.num_warps} warps, {config.num_stages} stages"
                 via = ", descriptors" if descriptors else ""
@@ -177,6 +184,7 @@ def _matmuls(arch: int) -> Iterator[Build]:
                         "PER_TOKEN": True,
                         "PER_ROW": False,
                         "HAS_BIAS": segments == 6,
+                        "PART": matmul_triton.ONTO if onto else matmul_triton.WITH_ADAPTERS,
                         "ROW_MAJOR": row_major,
                         "NATIVE": native,
                         "DESCRIPTORS": descriptors,

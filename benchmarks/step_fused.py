@@ -61,27 +61,34 @@ def _group(
     merged = sum(layer.codes.shape[0] for layer in layers)
     outs = [layer.out_features for layer in layers]
     forward = [gemm(f"{name}: melded GEMM", t, merged, n_in, "fp8")]
-    backward = [gemm(f"{name}: dx", t, n_in, sum(outs), "fp8")]
+    backward = [gemm(f"{name}: dx", t, n_in, sum(outs), "fp8", accumulate=live)]
     if not settings.cached_transpose:
         backward.insert(0, transpose(f"{name}: transpose W codes", sum(outs), n_in))
-    backward += [gemm(f"{name}: dB", o, rank, t, "bf16", out=4, kind="thin gemm") for o in outs]
     if live:
-        for o in outs:
-            kind, cast = "thin gemm", elementwise(f"{name}: cast B", o * rank, 4, 2)
-            term = gemm(f"{name}: + O_A B^T", t, o, rank, "bf16", accumulate=True, kind=kind)
-            forward += [cast, term]
-            thin = gemm(f"{name}: dO B", t, rank, o, "bf16", kind=kind)
-            decode = elementwise(f"{name}: decode A", rank * n_in, 1, 2)
-            dx = gemm(f"{name}: + dO B A", t, n_in, rank, "bf16", accumulate=True, kind=kind)
-            backward += [cast, thin, decode, dx]
+        thin, ranks = "thin gemm", rank * len(outs)
+        casts = [elementwise(f"{name}: cast B", o * rank, 4, 2) for o in outs]
+        forward = [
+            gemm(f"{name}: O_A", t, ranks, n_in, "fp8", kind=thin),
+            *casts,
+            *(gemm(f"{name}: O_A B^T", t, o, rank, "bf16", kind=thin) for o in outs),
+            gemm(f"{name}: + backbone", t, sum(outs), n_in, "fp8", accumulate=True),
+        ]
+        backward = [
+            *casts,
+            *(gemm(f"{name}: dO B", t, rank, o, "bf16", kind=thin) for o in outs),
+            elementwise(f"{name}: decode A", ranks * n_in, 1, 2),
+            gemm(f"{name}: dO B A", t, n_in, ranks, "bf16", kind=thin),
+            *backward,
+        ]
+    backward += [gemm(f"{name}: dB", o, rank, t, "bf16", out=4, kind="thin gemm") for o in outs]
     return forward, backward
 
 
 def fused_layer(layer: Any, settings: Settings, live: bool = False) -> Listing:
     """A whole LlamaDecoderLayer whose linears are melded.
 
-    dB is in bfloat16, straight from the gradient. `live`: the pending change of B acts, with
-    kernels of its own (a GEMM's epilogue could do it).
+    dB is in bfloat16, straight from the gradient. `live`: the pending change of B acts: it is made
+    by thin GEMMs, and those of the backbone add to it before they round.
     """
     mlp, attn = layer.mlp, layer.self_attn
     t = settings.total

@@ -18,10 +18,10 @@ from falqon.kernels import (
     BackboneMatmul,
     MeldedMatmul,
     PassThrough,
-    Pending,
     ProxyGrad,
     Quantize,
     joined_gradients,
+    pending_gradient,
 )
 from falqon.kernels.native import melded
 from falqon.recipe import Fp8Recipe
@@ -74,21 +74,22 @@ class _MeldedFunction(torch.autograd.Function):
         own = type(first.melded_matmul), type(first.backbone_matmul)
         native = own == (MeldedMatmul, BackboneMatmul) and not any(map(has_hooks, steps))
         native = native and melded.takes(first.recipe, codes, inputs)
+        live = proxies if first.live else ()
+        pending = [_scaled(proxy, layer) for proxy, layer in zip(live, layers, strict=bool(live))]
         if native:
             x_values, *extra = quantize.values(*inputs)  # type: ignore[operator]
             weights = melded.decoded(codes, scales, first.rank)
             sizes = [layer.out_features for layer in layers]
-            outs, adapters = melded.forward(x_values, weights, biases, sizes, first.rank)
+            outs, adapters = melded.forward(x_values, weights, biases, sizes, first.rank, pending)
         else:
             x_codes, x_scale, *extra = quantize(*inputs)
-            outs, adapters = first.melded_matmul(x_codes, x_scale, codes, scales, biases, dtype)
-        if first.live:
-            for layer, out, adapter, proxy in zip(layers, outs, adapters, proxies, strict=True):
-                layer.pending_term(out, adapter, _scaled(proxy, layer))
+            outs, adapters = first.melded_matmul(
+                x_codes, x_scale, codes, scales, biases, dtype, pending
+            )
         # B is saved rather than read from the layer in backward: autograd then refuses a B that was
         # changed in between.
         kept = () if source is None else (*inputs, *extra)
-        ctx.save_for_backward(*adapters, *codes, *scales, *(proxies if first.live else ()), *kept)
+        ctx.save_for_backward(*adapters, *codes, *scales, *live, *kept)
         ctx.layers, ctx.source, ctx.count, ctx.live = layers, source, count, first.live
         ctx.native = native
         return tuple(outs)
@@ -105,18 +106,17 @@ class _MeldedFunction(torch.autograd.Function):
         _, _, _, *needed = ctx.needs_input_grad
         grad_inputs: Sequence[Tensor | None] = [None] * count
         if any(needed[:count]):
-            proxies = [_scaled(p, layer) for p, layer in zip(live, layers, strict=bool(live))]
+            pending = [_scaled(p, layer) for p, layer in zip(live, layers, strict=bool(live))]
             if ctx.native:
                 weights = melded.decoded(codes, scales, first.rank)
-                grad_input = melded.backward(grads, weights, scales, proxies)
+                grad_input = melded.backward(grads, weights, scales, pending)
             else:
                 joined = joined_gradients(grads, scales, first.backbone_matmul.power_of_two)
                 grad_codes, grad_scale = first.quantize_gradient(joined)
+                onto = pending_gradient(grads, pending, codes, scales) if pending else None
                 grad_input = first.backbone_matmul(
-                    grad_codes, grad_scale, codes, scales[0], grads[0].dtype
+                    grad_codes, grad_scale, codes, scales[0], grads[0].dtype, onto
                 )
-                if live:
-                    first.pending_term.backward(grad_input, grads, proxies, codes, scales)
             source = ctx.source
             grad_inputs = [grad_input] if source is None else source.backward(grad_input, *kept)
         need_proxy, need_bias = (needed[count + i * number :][:number] for i in (2, 3))
@@ -249,7 +249,6 @@ class MeldedLinear(nn.Module):
         self.melded_matmul = MeldedMatmul(rank, exact_scales)
         self.backbone_matmul = BackboneMatmul(rank, exact_scales)
         self.proxy_grad = ProxyGrad()
-        self.pending_term = Pending()
 
     def forward(self, x: Tensor, *more: Tensor, source: nn.Module | None = None) -> Tensor:
         """Apply the layer.

@@ -92,7 +92,8 @@ def test_output_and_gradients_to_fp8_accuracy(recipe: str, dtype: torch.dtype) -
     assert signal_to_noise(x.grad, dx) > E5M2_DB - MARGIN_DB
     assert layer.B.grad is not None
     assert layer.B.grad.dtype == torch.float32
-    assert signal_to_noise(layer.B.grad, d_proxy) > E4M3_DB - MARGIN_DB  # O_A alone is rounded
+    # O_A alone is rounded; a few directions of A make up most of it, hence the larger margin.
+    assert signal_to_noise(layer.B.grad, d_proxy) > E4M3_DB - 2 * MARGIN_DB
     # The rounding is there at all: no result may be much better than FP8 can be.
     for result, reference in ((y, expected), (layer.B.grad, d_proxy)):
         assert signal_to_noise(result, reference) < E4M3_DB + 2
@@ -381,3 +382,35 @@ def test_representation_tells_the_shape() -> None:
     text = repr(make())
     for part in (f"in_features={IN}", f"out_features={OUT}", f"rank={RANK}", "codes=uint8", "e5m2"):
         assert part in text
+
+
+@pytest.mark.parametrize("native", ["auto", "off"])
+@pytest.mark.parametrize("recipe", ["default", "paper", "none"])
+def test_a_small_pending_change_is_not_rounded_away(
+    recipe: str, native: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change below half a bfloat16 step of the output, or of dL/dx, acts on average.
+
+    Added to results that are rounded already, nearly nothing of it would.
+    """
+    monkeypatch.setenv("FALQON_NATIVE", native)
+    layer = make(recipe, bias=False)
+    x = random(16 * TOKENS, IN, seed=3).bfloat16()
+    grad = random(16 * TOKENS, OUT, seed=4).bfloat16()
+    adapter = layer.dequantized_adapter().double()
+    b = random(OUT, RANK, seed=5)
+    results = []
+    wanted = [x.double() @ adapter.t() @ b.t().double(), grad.double() @ b.double() @ adapter]
+    for live in (False, True):
+        layer.live = live
+        leaf = x.clone().requires_grad_()
+        layer.B.data = b * (2e-4 / wanted[0].std().float())
+        out = layer(leaf)
+        out.backward(grad)
+        assert leaf.grad is not None
+        results.append((out.detach().double(), leaf.grad.double()))
+    for without, acting, change in zip(*results, wanted, strict=True):
+        change = change * (2e-4 / wanted[0].std())
+        assert change.abs().mean() < without.abs().mean() * 2**-10
+        landed = ((acting - without) * change).sum() / change.square().sum()
+        assert 0.85 < landed < 1.15

@@ -7,7 +7,7 @@ Knows neither Lightning nor transformers.
 from falqon.kernels.backbone_matmul import BackboneMatmul, backbone_matmul, joined_gradients
 from falqon.kernels.compensated import Compensation, compensation, encode_compensated
 from falqon.kernels.melded_matmul import MeldedMatmul, melded_matmul
-from falqon.kernels.pending import Pending, add_pending, add_pending_grad
+from falqon.kernels.pending import pending_gradient, pending_outputs
 from falqon.kernels.proxy_grad import ProxyGrad, proxy_grad
 from falqon.kernels.quantize import PassThrough, Quantize
 from falqon.kernels.rms_norm_quantize import RmsNormQuantize, rms_norm_grad, rms_norm_quantize
@@ -27,7 +27,6 @@ __all__ = [
     "MeldedMatmul",
     "Origin",
     "PassThrough",
-    "Pending",
     "ProxyGrad",
     "Quantize",
     "RmsNormQuantize",
@@ -35,13 +34,13 @@ __all__ = [
     "RowUpdateCounts",
     "RowWrite",
     "SwigluQuantize",
-    "add_pending",
-    "add_pending_grad",
     "backbone_matmul",
     "compensation",
     "encode_compensated",
     "joined_gradients",
     "melded_matmul",
+    "pending_gradient",
+    "pending_outputs",
     "proxy_grad",
     "rms_norm_grad",
     "rms_norm_quantize",

@@ -49,6 +49,7 @@ def backbone_matmul(
     rank: int,
     dtype: torch.dtype,
     power_of_two: bool = False,
+    onto: Tensor | None = None,
 ) -> Tensor:
     """`dL/dx = g [W_0; W_1; ...] / (s_g s_0)`; the rows of A take no part.
 
@@ -61,6 +62,7 @@ def backbone_matmul(
         rank: r, the number of rows of A in each.
         dtype: of the result.
         power_of_two: both scales are powers of two (a faster exact path).
+        onto: [T, in] of `dtype` to be added before the sum is rounded, used up; or None.
 
     Returns:
         dL/dx [T, in], summed over the group in float32.
@@ -69,15 +71,17 @@ def backbone_matmul(
     backbones = [merged[: merged.shape[0] - rank] for merged in codes]
     backbone = backbones[0] if len(backbones) == 1 else torch.cat(backbones)
     left, right = operand(grad, E5M2, compute), operand(backbone, E4M3, compute)
-    if backbone.dtype != torch.uint8:
-        return (left @ right).to(dtype)
-    if power_of_two:
-        return (left.mul_((1.0 / (grad_scale * scale)).to(compute)) @ right).to(dtype)
-    return rescaled(left @ right, grad_scale * scale, dtype, power_of_two)
+    unit = grad_scale * scale
+    if backbone.dtype == torch.uint8 and power_of_two:
+        left = left.mul_((1.0 / unit).to(compute))
+    if backbone.dtype != torch.uint8 or power_of_two:
+        product = left @ right if onto is None else onto.to(compute).addmm_(left, right)
+        return product.to(dtype)
+    product = left @ right if onto is None else (onto * unit).to(compute).addmm_(left, right)
+    return rescaled(product, unit, dtype, power_of_two)
 
 
-@torch.library.custom_op("falqon::backbone_matmul", mutates_args=())
-def backbone_matmul_gpu(
+def _on_gpu(
     grad: Tensor,
     grad_scale: Tensor,
     codes: Sequence[Tensor],
@@ -85,8 +89,9 @@ def backbone_matmul_gpu(
     rank: int,
     dtype: torch.dtype,
     keep: bool,
+    onto: Tensor | None,
 ) -> Tensor:
-    """`backbone_matmul` on a GPU.
+    """`backbone_matmul` on a GPU; with `onto` in its memory.
 
     The codes are read as they lie where that is the faster (`reads_row_major`), otherwise turned
     first; with `keep` what was turned stays in memory until the codes change.
@@ -96,10 +101,11 @@ def backbone_matmul_gpu(
     counts = [len(merged) - rank for merged in codes]
     cuts = tuple(accumulate(counts))[:-1]
     segments = ((0, codes[0].shape[1], 0, 0),)
+    begin = None if onto is None else [onto]
     if reads_row_major(devices.capability(grad.device), grad.shape[0], cuts, keep):
         weight = stacked(codes)
         outs, _ = scaled_matmul(
-            grad, grad_scale, "e5m2", weight, scale, segments, dtype, None, cuts, rank
+            grad, grad_scale, "e5m2", weight, scale, segments, dtype, None, cuts, rank, begin
         )
         return outs[0]
 
@@ -112,7 +118,36 @@ def backbone_matmul_gpu(
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     turned = kept(codes, counts, turn) if keep else turn()
-    return scaled_matmul(grad, grad_scale, "e5m2", turned, scale, segments, dtype)[0][0]
+    outs, _ = scaled_matmul(grad, grad_scale, "e5m2", turned, scale, segments, dtype, onto=begin)
+    return outs[0]
+
+
+@torch.library.custom_op("falqon::backbone_matmul", mutates_args=())
+def backbone_matmul_gpu(
+    grad: Tensor,
+    grad_scale: Tensor,
+    codes: Sequence[Tensor],
+    scale: Tensor,
+    rank: int,
+    dtype: torch.dtype,
+    keep: bool,
+) -> Tensor:
+    """`backbone_matmul` on a GPU."""
+    return _on_gpu(grad, grad_scale, codes, scale, rank, dtype, keep, None)
+
+
+@torch.library.custom_op("falqon::backbone_matmul_onto", mutates_args={"onto"})
+def backbone_matmul_onto_gpu(
+    grad: Tensor,
+    grad_scale: Tensor,
+    codes: Sequence[Tensor],
+    scale: Tensor,
+    rank: int,
+    keep: bool,
+    onto: Tensor,
+) -> None:
+    """`backbone_matmul` on a GPU, added to `onto` in place; an operator may not return it."""
+    _on_gpu(grad, grad_scale, codes, scale, rank, onto.dtype, keep, onto)
 
 
 @backbone_matmul_gpu.register_fake
@@ -172,13 +207,18 @@ class BackboneMatmul(nn.Module):
         codes: Sequence[Tensor],
         scale: Tensor,
         dtype: torch.dtype,
+        onto: Tensor | None = None,
     ) -> Tensor:
         """See `backbone_matmul`."""
         if devices.uses_kernels(grad) and grad.dtype == torch.uint8:
-            return backbone_matmul_gpu(
-                grad, grad_scale, codes, scale, self.rank, dtype, self.keep_transposed
-            )
-        return backbone_matmul(grad, grad_scale, codes, scale, self.rank, dtype, self.power_of_two)
+            given = (grad, grad_scale, codes, scale, self.rank)
+            if onto is None:
+                return backbone_matmul_gpu(*given, dtype, self.keep_transposed)
+            backbone_matmul_onto_gpu(*given, self.keep_transposed, onto)
+            return onto
+        return backbone_matmul(
+            grad, grad_scale, codes, scale, self.rank, dtype, self.power_of_two, onto
+        )
 
     def extra_repr(self) -> str:
         """What `repr` shows in the brackets."""

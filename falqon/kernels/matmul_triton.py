@@ -13,6 +13,7 @@ time, not the bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -22,9 +23,12 @@ import triton.language as tl
 from torch import Tensor
 
 from falqon.kernels.devices import architecture, has_fp8_units, on_device, processors
-from falqon.kernels.scaled_matmul import ADAPTER, MEMBERS, Segment
+from falqon.kernels.scaled_matmul import ADAPTER, MEMBERS, Segment, is_thin
 from falqon.kernels.triton_fp8 import decode_half, round_to, widen
 
+WITH_ADAPTERS, ADAPTERS_ALONE, ONTO = 0, 1, 2
+"""Results with those of A; those of A only; without A, added to what is there already. A tile that
+is best for one need not be for another."""
 ALIGNMENT = 16
 """Bytes; rows of operands that tensor descriptors load must be multiples of it."""
 
@@ -54,6 +58,7 @@ def matmul_kernel(  # type: ignore[no-untyped-def]
     PER_TOKEN: tl.constexpr,
     PER_ROW: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    PART: tl.constexpr,  # WITH_ADAPTERS, ADAPTERS_ALONE or ONTO
     ROW_MAJOR: tl.constexpr,
     NATIVE: tl.constexpr,  # operands are FP8; otherwise bytes that are multiplied as float16
     DESCRIPTORS: tl.constexpr,
@@ -160,22 +165,29 @@ def matmul_kernel(  # type: ignore[no-untyped-def]
         else:
             other = tl.load(right_scale + member)
         result = sums * tl.div_rn(1.0, unit * other)
-        if HAS_BIAS:
-            with_bias = tl.where(to == 3, 0, size)  # rows of A have none
-            given = tl.load(bias + bias_at + n, mask=n < with_bias, other=0.0)
-            result = round_to(result, out_first.dtype.element_ty) + widen(given)[None, :]
-        result = round_to(result, out_first.dtype.element_ty).to(out_first.dtype.element_ty)
         inside = (row < count)[:, None] & (n < size)[None, :]
         token = row.to(tl.int64)[:, None]
         result_at = tl.where(to == 1, out_second, out_first)
         result_at = tl.where(to == 2, out_third, result_at)
         result_at = tl.where(to == 3, adapter, result_at)
         stride = tl.where(to == 3, adapter_columns, whole)
-        tl.store(result_at + token * stride + (column + n)[None, :], result, mask=inside)
+        result_at = result_at + token * stride + (column + n)[None, :]
+        if PART == 2:
+            result += widen(tl.load(result_at, mask=inside, other=0.0))
+        if HAS_BIAS:
+            with_bias = tl.where(to == 3, 0, size)  # rows of A have none
+            given = tl.load(bias + bias_at + n, mask=n < with_bias, other=0.0)
+            result = round_to(result, out_first.dtype.element_ty) + widen(given)[None, :]
+        result = round_to(result, out_first.dtype.element_ty).to(out_first.dtype.element_ty)
+        tl.store(result_at, result, mask=inside)
 
 
 def configurations(
-    arch: int, row_major: bool = False, segments: int = 1, aligned: bool = True
+    arch: int,
+    row_major: bool = False,
+    segments: int = 1,
+    aligned: bool = True,
+    onto: bool = False,
 ) -> list[triton.Config]:
     """Tiles to choose from on an architecture (0: without FP8 units, 16-bit operands on chip).
 
@@ -190,7 +202,8 @@ def configurations(
     if not aligned:
         chosen = [(flat, 4, 3), (flat, 4, 4)]
     elif arch == 100:
-        chosen = [(square, 8, 3), (flat, 4, 4)] + ([(wide, 8, 3)] if segments <= 2 else [])
+        fits = segments <= 2 and not onto  # in registers
+        chosen = [(square, 8, 3), (flat, 4, 4)] + ([(wide, 8, 3)] if fits else [])
     elif arch in (89, 90, 120) and not row_major:
         chosen = [(square, 8, 3), (square, 8, 4), (flat, 4, 4)]
     else:
@@ -205,7 +218,11 @@ def _for_device(
     configs: list[triton.Config], named_args: dict[str, Any], **kwargs: Any
 ) -> list[triton.Config]:
     return configurations(
-        kwargs["ARCH"], kwargs["ROW_MAJOR"], kwargs["SEGMENTS"], kwargs["ALIGNED"]
+        kwargs["ARCH"],
+        kwargs["ROW_MAJOR"],
+        kwargs["SEGMENTS"],
+        kwargs["ALIGNED"],
+        kwargs["PART"] == ONTO,
     )
 
 
@@ -218,6 +235,7 @@ tuned_matmul_kernel = triton.autotune(
         "depth",
         "lines",
         "width",
+        "PART",
         "ROW_MAJOR",
         "DESCRIPTORS",
         "ALIGNED",
@@ -225,6 +243,7 @@ tuned_matmul_kernel = triton.autotune(
         "ARCH",
         "PROGRAMS",
     ],
+    restore_value=["out_first", "out_second", "out_third"],  # with ONTO each run adds
     prune_configs_by={"early_config_prune": _for_device},
     cache_results=True,
 )(matmul_kernel)
@@ -250,6 +269,7 @@ def matmul_triton(
     bias: Tensor | None = None,
     cuts: tuple[int, ...] | None = None,
     rank: int = 0,
+    onto: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Run the kernel.
 
@@ -267,6 +287,8 @@ def matmul_triton(
         cuts: `right` is row-major; after so many of its backbone rows, multiples of 128, `rank`
             rows of A follow, which take no part. At most two come before the last backbone row.
         rank: r.
+        onto: [T, rows of its segment] of `dtype` for each member, contiguous, which results are
+            added to before they are rounded, in place; segments of A are empty then.
 
     Returns:
         [T, rows of its segment] for each member, and [T, rows of A of all of them].
@@ -276,7 +298,8 @@ def matmul_triton(
     count, depth = left.shape
     columns = [s[1] for s in segments if s[3] != ADAPTER]
     columns.append(sum(s[1] for s in segments if s[3] == ADAPTER))
-    *outs, adapter = (torch.empty(count, n, dtype=dtype, device=left.device) for n in columns)
+    empty = [torch.empty(count, n, dtype=dtype, device=left.device) for n in columns]
+    outs, adapter = (empty[:-1] if onto is None else list(onto)), empty[-1]
     if count == 0:
         return outs, adapter
     native = has_fp8_units(left.device)
@@ -296,6 +319,8 @@ def matmul_triton(
         triton.set_allocator(_allocate)
     programs = processors(left.device)
     members = -(-len(segments) // 2)
+    part = ADAPTERS_ALONE if is_thin(segments) else WITH_ADAPTERS
+    part = part if onto is None else ONTO
     kernel: Any = tuned_matmul_kernel
     tile: dict[str, Any] = {}
     if not left.is_cuda:  # Triton's interpreter, which cannot measure
@@ -326,6 +351,7 @@ def matmul_triton(
             PER_TOKEN=left_scale.numel() > 1,
             PER_ROW=right_scale.numel() > members,
             HAS_BIAS=bias is not None,
+            PART=part,
             ROW_MAJOR=row_major,
             NATIVE=native,
             DESCRIPTORS=descriptors,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from falqon.fp8 import E4M3
 from falqon.kernels import devices
 from falqon.kernels.operands import compute_dtype, operand, rescaled, stacked
-from falqon.kernels.scaled_matmul import ADAPTER, MEMBERS, scaled_matmul
+from falqon.kernels.pending import pending_outputs
+from falqon.kernels.scaled_matmul import ADAPTER, MEMBERS, Segment, scaled_matmul
 
 
 def melded_matmul(
@@ -48,27 +49,87 @@ def melded_matmul(
         O_i [T, out_i] and O_A_i [T, r], contiguous tensors of their own: keeping O_A_i keeps
         nothing else.
     """
-    compute = compute_dtype(dtype)
-    is_rounded = codes[0].dtype == torch.uint8
-    left, right = operand(x, E4M3, compute), operand(stacked(codes), E4M3, compute).t()
-    if is_rounded and power_of_two:
-        left = left.mul_((1.0 / x_scale).to(compute))
-    both = left @ right
-
-    def part(start: int, end: int, scale: Tensor) -> Tensor:
-        if not is_rounded:
-            return both[:, start:end].to(dtype).clone(memory_format=torch.contiguous_format)
-        scale = scale if power_of_two else x_scale * scale
-        return rescaled(both[:, start:end], scale, dtype, power_of_two)
-
+    left = _input(x, x_scale, codes, dtype, power_of_two)
+    both = left @ operand(stacked(codes), E4M3, left.dtype).t()
     outs, adapters, start = [], [], 0
     for merged, scale, bias in zip(codes, scales, biases, strict=True):
         end = start + merged.shape[0]
-        out = part(start, end - rank, scale)
+        unit = _unit(merged, x_scale, scale, power_of_two)
+        out = _part(both[:, start : end - rank], unit, dtype, power_of_two)
         outs.append(out if bias is None else out.add_(bias.to(dtype)))
-        adapters.append(part(end - rank, end, scale))
+        adapters.append(_part(both[:, end - rank : end], unit, dtype, power_of_two))
         start = end
     return outs, adapters
+
+
+def adapter_matmul(
+    x: Tensor,
+    x_scale: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    rank: int,
+    dtype: torch.dtype,
+    power_of_two: bool = False,
+) -> list[Tensor]:
+    """The O_A_i of `melded_matmul` alone; arguments as there."""
+    left = _input(x, x_scale, codes, dtype, power_of_two)
+    adapters = []
+    for merged, scale in zip(codes, scales, strict=True):
+        right = operand(merged[merged.shape[0] - rank :], E4M3, left.dtype)
+        unit = _unit(merged, x_scale, scale, power_of_two)
+        adapters.append(_part(left @ right.t(), unit, dtype, power_of_two))
+    return adapters
+
+
+def backbone_outputs(
+    x: Tensor,
+    x_scale: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    rank: int,
+    dtype: torch.dtype,
+    power_of_two: bool,
+    onto: Sequence[Tensor],
+) -> list[Tensor]:
+    """The O_i of `melded_matmul` alone, added to something, each sum rounded once.
+
+    Args:
+        x, x_scale, codes, scales, biases, rank, dtype, power_of_two: as there.
+        onto: [T, out_i] each of `dtype`, used up.
+    """
+    left = _input(x, x_scale, codes, dtype, power_of_two)
+    outs = []
+    for merged, scale, bias, start in zip(codes, scales, biases, onto, strict=True):
+        right = operand(merged[: merged.shape[0] - rank], E4M3, left.dtype)
+        unit = _unit(merged, x_scale, scale, power_of_two)
+        begin = start if unit is None else start * unit  # exact for powers of two
+        out = _part(begin.to(left.dtype).addmm_(left, right.t()), unit, dtype, power_of_two)
+        outs.append(out if bias is None else out.add_(bias.to(dtype)))
+    return outs
+
+
+def _input(
+    x: Tensor, x_scale: Tensor, codes: Sequence[Tensor], dtype: torch.dtype, power_of_two: bool
+) -> Tensor:
+    """Values of `x`, with their scale where that is exact."""
+    left = operand(x, E4M3, compute_dtype(dtype))
+    if codes[0].dtype == torch.uint8 and power_of_two:
+        left = left.mul_((1.0 / x_scale).to(left.dtype))
+    return left
+
+
+def _unit(merged: Tensor, x_scale: Tensor, scale: Tensor, power_of_two: bool) -> Tensor | None:
+    """What a product of decoded values has to be divided by; None if by nothing."""
+    if merged.dtype != torch.uint8:
+        return None
+    return scale if power_of_two else x_scale * scale
+
+
+def _part(part: Tensor, unit: Tensor | None, dtype: torch.dtype, power_of_two: bool) -> Tensor:
+    if unit is None:
+        return part.to(dtype).clone(memory_format=torch.contiguous_format)
+    return rescaled(part, unit, dtype, power_of_two)
 
 
 @torch.library.custom_op("falqon::melded_matmul", mutates_args=())
@@ -86,20 +147,82 @@ def melded_matmul_gpu(
     Returns:
         O_i [T, out_i], tensors of their own, and all O_A_i side by side, [T, r for each layer].
     """
+    weights, scale, bias = _joined(codes, scales, biases, rank, dtype)
+    segments = _segments(codes, rank, outs=True, adapters=True)
+    return scaled_matmul(x, x_scale, "e4m3", weights, scale, segments, dtype, bias, rank=rank)
+
+
+@torch.library.custom_op("falqon::adapter_matmul", mutates_args=())
+def adapter_matmul_gpu(
+    x: Tensor,
+    x_scale: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    rank: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`adapter_matmul` on a GPU, of at most three layers: O_A_i side by side."""
+    weights, scale, _ = _joined(codes, scales, [None] * len(codes), rank, dtype)
+    segments = _segments(codes, rank, outs=False, adapters=True)
+    return scaled_matmul(x, x_scale, "e4m3", weights, scale, segments, dtype, rank=rank)[1]
+
+
+@torch.library.custom_op("falqon::backbone_outputs", mutates_args={"onto"})
+def backbone_outputs_gpu(
+    x: Tensor,
+    x_scale: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    rank: int,
+    dtype: torch.dtype,
+    onto: Sequence[Tensor],
+) -> None:
+    """`backbone_outputs` on a GPU, of at most three layers, in the memory of `onto`."""
+    weights, scale, bias = _joined(codes, scales, biases, rank, dtype)
+    segments = _segments(codes, rank, outs=True, adapters=False)
+    scaled_matmul(x, x_scale, "e4m3", weights, scale, segments, dtype, bias, rank=rank, onto=onto)
+
+
+def _segments(
+    codes: Sequence[Tensor], rank: int, outs: bool, adapters: bool
+) -> tuple[Segment, ...]:
+    """Of which rows of stacked weights the results are; two a layer, empty where not wanted."""
     segments, row = [], 0
     for number, merged in enumerate(codes):
         out = merged.shape[0] - rank
-        segments += [(row, out, 0, number), (row + out, rank, number * rank, ADAPTER)]
+        segments.append((row, out if outs else 0, 0, number))
+        segments.append((row + out, rank if adapters else 0, number * rank, ADAPTER))
         row += out + rank
+    return tuple(segments)
+
+
+def _joined(
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    rank: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weights, scales and biases of a group, each in one tensor."""
     bias = None
     if any(b is not None for b in biases):
         given = zip(codes, biases, strict=True)
-        parts = [x_scale.new_zeros(len(m) - rank) if b is None else b for m, b in given]
+        parts = [scales[0].new_zeros(len(m) - rank) if b is None else b for m, b in given]
         bias = torch.cat([part.to(dtype) for part in parts])
-    scale = scales[0] if len(scales) == 1 else torch.cat(list(scales))
-    return scaled_matmul(
-        x, x_scale, "e4m3", stacked(codes), scale, tuple(segments), dtype, bias, rank=rank
-    )
+    return stacked(codes), scales[0] if len(scales) == 1 else torch.cat(list(scales)), bias
+
+
+@adapter_matmul_gpu.register_fake
+def _(
+    x: Tensor,
+    x_scale: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    rank: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty(x.shape[0], rank * len(codes), dtype=dtype)
 
 
 @melded_matmul_gpu.register_fake
@@ -136,20 +259,78 @@ class MeldedMatmul(nn.Module):
         scales: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         dtype: torch.dtype,
+        proxies: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """See `melded_matmul`; on a GPU the O_A_i are views of one tensor."""
-        if devices.uses_kernels(x) and x.dtype == torch.uint8:
-            outs: list[Tensor] = []
-            adapters: list[Tensor] = []
-            for at in range(0, len(codes), MEMBERS):
-                some = slice(at, at + MEMBERS)
-                given = (codes[some], scales[some], biases[some])
-                part, adapter = melded_matmul_gpu(x, x_scale, *given, self.rank, dtype)
-                outs += part
-                adapters += adapter.split(self.rank, dim=1)
-            return outs, adapters
-        return melded_matmul(x, x_scale, codes, scales, biases, self.rank, dtype, self.power_of_two)
+        """See `melded_matmul`; on a GPU the O_A_i are views of one tensor.
+
+        Args:
+            x, x_scale, codes, scales, biases, dtype: as there.
+            proxies: B_i, times the LoRA scaling, float32 [out_i, r], of changes that act:
+                `O_A_i B_i^T` is in O_i, which is rounded once. None or one a layer.
+        """
+        given = (x, x_scale, codes, scales)
+        if proxies:
+            adapters = self.adapters(*given, dtype)
+            onto = [pending_outputs(a, proxy) for a, proxy in zip(adapters, proxies, strict=True)]
+            return self._onto(onto, *given, biases, dtype), adapters
+        if not _on_gpu(x):
+            return melded_matmul(*given, biases, self.rank, dtype, self.power_of_two)
+        outs: list[Tensor] = []
+        adapters = []
+        for some in _portions(codes):
+            part, adapter = melded_matmul_gpu(
+                x, x_scale, codes[some], scales[some], biases[some], self.rank, dtype
+            )
+            outs += part
+            adapters += adapter.split(self.rank, dim=1)
+        return outs, adapters
+
+    def adapters(
+        self,
+        x: Tensor,
+        x_scale: Tensor,
+        codes: Sequence[Tensor],
+        scales: Sequence[Tensor],
+        dtype: torch.dtype,
+    ) -> list[Tensor]:
+        """See `adapter_matmul`; on a GPU views of one tensor."""
+        if not _on_gpu(x):
+            return adapter_matmul(x, x_scale, codes, scales, self.rank, dtype, self.power_of_two)
+        return [
+            part
+            for some in _portions(codes)
+            for part in adapter_matmul_gpu(
+                x, x_scale, codes[some], scales[some], self.rank, dtype
+            ).split(self.rank, dim=1)
+        ]
+
+    def _onto(
+        self,
+        onto: list[Tensor],
+        x: Tensor,
+        x_scale: Tensor,
+        codes: Sequence[Tensor],
+        scales: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        dtype: torch.dtype,
+    ) -> list[Tensor]:
+        if not _on_gpu(x):
+            kind = (self.rank, dtype, self.power_of_two)
+            return backbone_outputs(x, x_scale, codes, scales, biases, *kind, onto)
+        for some in _portions(codes):
+            given = (codes[some], scales[some], biases[some])
+            backbone_outputs_gpu(x, x_scale, *given, self.rank, dtype, onto[some])
+        return onto
 
     def extra_repr(self) -> str:
         """What `repr` shows in the brackets."""
         return f"rank={self.rank}, power_of_two={self.power_of_two}"
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return devices.uses_kernels(x) and x.dtype == torch.uint8
+
+
+def _portions(codes: Sequence[Tensor]) -> list[slice]:
+    """As many layers as a kernel takes at a time."""
+    return [slice(at, at + MEMBERS) for at in range(0, len(codes), MEMBERS)]

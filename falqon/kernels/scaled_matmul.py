@@ -7,7 +7,8 @@ it is measured, see `falqon.kernels.backend`.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -37,11 +38,13 @@ def vendor_matmul(
     segments: tuple[Segment, ...],
     dtype: torch.dtype,
     bias: Tensor | None,
+    onto: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """`torch._scaled_mm`; arguments as of `falqon.kernels.matmul_triton.matmul_triton`.
 
     It multiplies by scales, and has one for the tensor or one for each row of both operands. The
-    result is one matrix, from which each part is copied: results are tensors of their own.
+    result is one matrix, from which each part is copied: results are tensors of their own. It adds
+    to nothing: with `onto` its result is float32, and the sum is rounded.
     """
     per_row = left_scale.numel() > 1 or right_scale.numel() > 1
     inverse, unit = 1.0 / left_scale, 1.0 / right_scale
@@ -57,15 +60,17 @@ def vendor_matmul(
         right.view(torch.float8_e4m3fn).t(),
         inverse,
         unit,
-        out_dtype=dtype,
+        out_dtype=dtype if onto is None else torch.float32,
         use_fast_accum=False,
     )
     outs = [both[:, a : a + n].contiguous() for a, n, _, to in segments if to != ADAPTER]
+    if onto is not None:
+        outs = [begin.copy_(out.add_(begin)) for out, begin in zip(outs, onto, strict=True)]
     adapters = [both[:, a : a + n] for a, n, _, to in segments if to == ADAPTER]
     adapter = torch.cat(adapters, dim=1) if adapters else both.new_empty(len(both), 0)
     if bias is not None:
         outs = [o + b for o, b in zip(outs, bias.split([o.shape[1] for o in outs]), strict=True)]
-    if len(outs) == 1 and not adapters:
+    if len(outs) == 1 and not adapters and onto is None:
         outs = [both]
     return outs, adapter.contiguous()
 
@@ -79,6 +84,11 @@ def _owners(segments: tuple[Segment, ...], rows: int, device: torch.device) -> T
     return owners.to(device)
 
 
+def is_thin(segments: tuple[Segment, ...]) -> bool:
+    """Whether rows of A alone take part."""
+    return all(to == ADAPTER for _, length, _, to in segments if length)
+
+
 def scaled_matmul(
     left: Tensor,
     left_scale: Tensor,
@@ -90,6 +100,7 @@ def scaled_matmul(
     bias: Tensor | None = None,
     cuts: tuple[int, ...] | None = None,
     rank: int = 0,
+    onto: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """The faster of the two; arguments as of `falqon.kernels.matmul_triton.matmul_triton`.
 
@@ -98,24 +109,28 @@ def scaled_matmul(
     """
     from falqon.kernels.matmul_triton import matmul_triton
 
-    def by_triton() -> tuple[list[Tensor], Tensor]:
-        return matmul_triton(
-            left, left_scale, fmt, right, right_scale, segments, dtype, bias, cuts, rank
-        )
-
-    def by_vendor() -> tuple[list[Tensor], Tensor]:
-        return vendor_matmul(left, left_scale, fmt, right, right_scale, segments, dtype, bias)
+    def run(name: str, begin: Sequence[Tensor] | None) -> tuple[list[Tensor], Tensor]:
+        given = (left, left_scale, fmt, right, right_scale, segments, dtype, bias)
+        if name == "vendor":
+            return vendor_matmul(*given, begin)
+        return matmul_triton(*given, cuts, rank, begin)
 
     name = backend.wanted()
     count, depth = left.shape
     possible = cuts is None and has_fp8_units(left.device) and count > 0
+    possible = possible and not is_thin(segments)
     possible = possible and depth % 16 == 0 and right.shape[0] % 16 == 0
-    if not possible or name == "triton":
-        return by_triton()
+    if not possible:
+        name = "triton"
     if name == "auto":
         bucket = 1 << (count - 1).bit_length()
         kind = "token" if left_scale.numel() > 1 else "tensor"
         key = f"{fmt} {bucket}x{depth}x{right.shape[0]} {kind} {len(segments)} {dtype}"
-        both = {"triton": by_triton, "vendor": by_vendor}
+        key += "" if onto is None else " onto"
+
+        def trial(name: str) -> tuple[list[Tensor], Tensor]:  # what is timed may not add up
+            return run(name, None if onto is None else [begin.clone() for begin in onto])
+
+        both = {name: partial(trial, name) for name in ("triton", "vendor")}
         name = backend.choices(left.device.index).get(key, both, backend.milliseconds)
-    return by_vendor() if name == "vendor" else by_triton()
+    return run(name, onto)

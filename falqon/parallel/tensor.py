@@ -21,7 +21,7 @@ from falqon.blocks import ATTENTION_GROUP, MLP_GROUP, Grouped, GroupedMlp
 from falqon.errors import InputError
 from falqon.fp8 import amax_of, compute_scale, quantize
 from falqon.groups import tie
-from falqon.kernels import BackboneMatmul, MeldedMatmul, Pending, Quantize
+from falqon.kernels import BackboneMatmul, MeldedMatmul, Quantize
 from falqon.linear import MeldedLinear
 from falqon.meld import melded_layers
 from falqon.parallel.layers import TensorPart
@@ -51,6 +51,13 @@ class _RowParallelMatmul(MeldedMatmul):
         super().__init__(like.rank, like.power_of_two)
         self.group = group
 
+    def adapters(self, *args: Any) -> list[Tensor]:
+        """O_A_i, summed before B acts on them."""
+        parts = [part.contiguous() for part in super().adapters(*args)]
+        for part in parts:
+            dist.all_reduce(part, group=self.group)
+        return parts
+
     def forward(
         self,
         x: Tensor,
@@ -59,12 +66,18 @@ class _RowParallelMatmul(MeldedMatmul):
         scales: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         dtype: torch.dtype,
+        proxies: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[Tensor]]:
         none = [None] * len(codes)
-        outs, adapters = super().forward(x, x_scale, codes, scales, none, dtype)
-        adapters = [adapter.contiguous() for adapter in adapters]
-        for tensor in (*outs, *adapters):
-            dist.all_reduce(tensor, group=self.group)
+        if dist.get_rank(self.group):  # what B adds is whole on every rank and counts once
+            proxies = [torch.zeros_like(proxy) for proxy in proxies]
+        outs, adapters = super().forward(x, x_scale, codes, scales, none, dtype, proxies)
+        if not proxies:
+            adapters = [adapter.contiguous() for adapter in adapters]
+            for adapter in adapters:
+                dist.all_reduce(adapter, group=self.group)
+        for out in outs:
+            dist.all_reduce(out, group=self.group)
         for out, bias in zip(outs, biases, strict=True):
             if bias is not None:
                 out.add_(bias.to(dtype))
@@ -72,14 +85,11 @@ class _RowParallelMatmul(MeldedMatmul):
 
 
 class _ColumnParallelBackbone(BackboneMatmul):
-    """`BackboneMatmul` through some rows of the weight; dL/dx is summed over the group.
+    """`BackboneMatmul` through some rows of weight and B; dL/dx is summed over the group."""
 
-    Of a live layer it is summed after `_ColumnParallelPending` has added its part.
-    """
-
-    def __init__(self, like: BackboneMatmul, group: Any, owner: MeldedLinear) -> None:
+    def __init__(self, like: BackboneMatmul, group: Any) -> None:
         super().__init__(like.rank, like.power_of_two)
-        self.group, self._owner = group, (owner,)  # in a tuple: not a submodule
+        self.group = group
 
     def forward(
         self,
@@ -88,29 +98,9 @@ class _ColumnParallelBackbone(BackboneMatmul):
         codes: Sequence[Tensor],
         scale: Tensor,
         dtype: torch.dtype,
+        onto: Tensor | None = None,
     ) -> Tensor:
-        grad_input = super().forward(grad, grad_scale, codes, scale, dtype)
-        if not self._owner[0].live:
-            dist.all_reduce(grad_input, group=self.group)
-        return grad_input
-
-
-class _ColumnParallelPending(Pending):
-    """`Pending` of some rows of B: what it adds to dL/dx is summed with the backbone's part."""
-
-    def __init__(self, group: Any) -> None:
-        super().__init__()
-        self.group = group
-
-    def backward(
-        self,
-        grad_input: Tensor,
-        grads: Sequence[Tensor],
-        proxies: Sequence[Tensor],
-        codes: Sequence[Tensor],
-        scales: Sequence[Tensor],
-    ) -> Tensor:
-        grad_input = super().backward(grad_input, grads, proxies, codes, scales)
+        grad_input = super().forward(grad, grad_scale, codes, scale, dtype, onto)
         dist.all_reduce(grad_input, group=self.group)
         return grad_input
 
@@ -187,8 +177,7 @@ def _by_rows(layer: MeldedLinear, part: TensorPart) -> None:
     if layer.bias is not None:
         layer.bias.data = layer.bias.data[rows].clone()
     layer.out_features = size
-    layer.backbone_matmul = _ColumnParallelBackbone(layer.backbone_matmul, part.group, layer)
-    layer.pending_term = _ColumnParallelPending(part.group)
+    layer.backbone_matmul = _ColumnParallelBackbone(layer.backbone_matmul, part.group)
     if isinstance(layer.quantize_gradient, Quantize):
         layer.quantize_gradient = _GroupQuantize(layer.quantize_gradient, part.group)
     layer.tensor_part = part  # type: ignore[assignment]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from falqon.kernels.native import ops
+from falqon.kernels.pending import pending_outputs
 from falqon.recipe import Fp8Recipe
 
 
@@ -64,9 +65,14 @@ def decoded(codes: Sequence[Tensor], scales: Sequence[Tensor], rank: int) -> Wei
 
 
 def forward(
-    x: Tensor, weights: Weights, biases: Sequence[Tensor | None], outs: Sequence[int], rank: int
+    x: Tensor,
+    weights: Weights,
+    biases: Sequence[Tensor | None],
+    outs: Sequence[int],
+    rank: int,
+    proxies: Sequence[Tensor],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """O_i and O_A_i; see `falqon.kernels.melded_matmul.melded_matmul`.
+    """O_i and O_A_i; see `falqon.kernels.melded_matmul.MeldedMatmul`.
 
     Args:
         x: FP8 values [T, in].
@@ -74,15 +80,22 @@ def forward(
         biases: [out_i] or None each.
         outs: out_i.
         rank: r.
+        proxies: B_i, times the LoRA scaling, float32 [out_i, r]; none if nothing pending acts.
 
     Returns:
         O_i [T, out_i], tensors of their own, and O_A_i [T, r], parts of one tensor.
     """
-    results = [x @ weight.t() for weight in weights.backbone.split(list(outs))]
+    adapters = list((x @ weights.adapter.t()).split(rank, dim=1))
+    backbones = weights.backbone.split(list(outs))
+    if proxies:
+        onto = [pending_outputs(a, proxy) for a, proxy in zip(adapters, proxies, strict=True)]
+        results = [to.addmm_(x, w.t()) for to, w in zip(onto, backbones, strict=True)]
+    else:
+        results = [x @ weight.t() for weight in backbones]
     for result, bias in zip(results, biases, strict=True):
         if bias is not None:
             result.add_(bias)
-    return results, list((x @ weights.adapter.t()).split(rank, dim=1))
+    return results, adapters
 
 
 def backward(
@@ -98,8 +111,9 @@ def backward(
     """
     first = float(scales[0])
     factors = [1.0] if len(scales) == 1 else [first / float(scale) for scale in scales]
-    grad_input = ops.quantized(grads, factors, e5m2=True) @ weights.backbone
-    if proxies:
-        thin = [grad @ proxy.to(grad.dtype) for grad, proxy in zip(grads, proxies, strict=True)]
-        grad_input.addmm_(thin[0] if len(thin) == 1 else torch.cat(thin, dim=1), weights.adapter)
-    return grad_input
+    left = ops.quantized(grads, factors, e5m2=True)
+    if not proxies:
+        return left @ weights.backbone
+    thin = [grad @ proxy.to(grad.dtype) for grad, proxy in zip(grads, proxies, strict=True)]
+    onto = (thin[0] if len(thin) == 1 else torch.cat(thin, dim=1)) @ weights.adapter
+    return onto.addmm_(left, weights.backbone)
