@@ -47,7 +47,7 @@ class MeldReport:
 
     converted: dict[str, MeldedInfo] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
-    adapter: Adapter = "svd_error"
+    adapter: Adapter = "svd_weight"
     grouped: dict[str, tuple[str, ...]] = field(default_factory=dict)
     not_grouped: dict[str, str] = field(default_factory=dict)
     bytes_before: int = 0
@@ -131,8 +131,9 @@ def meld_weight(
 ) -> tuple[Tensor, Tensor, float]:
     """Merged codes of one weight: `[Q(W); Q(A)]` with a shared scale (paper eq. 6 to 9, Alg. 1).
 
-    `A = sqrt(S) V^T` of the rank-r SVD of the quantisation error W - DQ(Q(W)), or of what
-    `recipe.adapter` says; rows beyond its rank are zero.
+    A is what `recipe.adapter` says: of the rank-r SVD of W, `sqrt(S) V^T` at the length of a random
+    A, or of that of the quantisation error W - DQ(Q(W)), `sqrt(S) V^T` as it is (the paper's); rows
+    beyond the rank are zero.
 
     Args:
         weight: [out, in], floating.
@@ -159,10 +160,13 @@ def meld_weight(
     else:
         if recipe.adapter == "svd_weight":
             adapter, captured = _svd_adapter(weight, recipe, seed)
+            # As long as LoRA's on average, so that learning rates are LoRA's.
+            adapter *= (recipe.rank / 3) ** 0.5 / adapter.norm().clamp(min=1e-12)
         else:
             adapter, captured = _kaiming_adapter(weight, recipe, seed), 0.0
-        # Only its directions come from W or from chance; its length is a matter of learning rate.
-        adapter *= (limit / adapter.abs().amax()).clamp(max=1.0) if limit > 0 else 1.0
+        # It shares the weight's scale, and there has to be large enough to have digits.
+        if limit > 0 and (largest := adapter.abs().amax()) > 0:
+            adapter *= largest.clamp(limit / 256, limit) / largest
     if fp8.emulate == "none":
         return torch.cat([weight, adapter]), torch.ones_like(scale), captured
     adapter_codes, _ = quantize(adapter, E4M3, rounding=rounding, scale=scale)

@@ -101,7 +101,7 @@ class FalqonPrecision(Precision):
         recipe: str | dict[str, Any] | Fp8Recipe = "default",
         rounding: Rounding | None = None,
         lora_alpha: float | None = None,
-        adapter: Adapter = "svd_error",
+        adapter: Adapter = "svd_weight",
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         output_embedding: bool = False,

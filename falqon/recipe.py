@@ -138,10 +138,11 @@ class MeldRecipe:
         include: shell-style patterns of full module names to meld.
         exclude: patterns to leave alone.
         output_embedding: meld the output embedding (lm_head) as well, if it is included.
-        adapter: where A comes from: `svd_error`, the leading right singular vectors of the
-            quantisation error times the roots of its singular values (the paper's); `svd_weight`,
-            the same of the weight; `kaiming`, uniform random numbers in +-1/sqrt(in), LoRA's. The
-            latter two are scaled down where they would not fit the weight's FP8 scale.
+        adapter: where A comes from: `svd_weight`, the leading right singular vectors of the weight
+            times the roots of their singular values, all scaled to the length sqrt(rank / 3) of a
+            random A; `svd_error`, those of the quantisation error, not scaled (the paper's);
+            `kaiming`, uniform random numbers in +-1/sqrt(in), LoRA's. The first and the last are
+            scaled where the weight's FP8 scale, which A shares, is not made for their size.
         lora_alpha: as in LoRA: what B A changes in the weight is multiplied by lora_alpha / rank.
             None leaves it as it is, the paper's.
         svd: `randomized` (Halko et al., arXiv:0909.4061) or `full`.
@@ -160,7 +161,7 @@ class MeldRecipe:
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     output_embedding: bool = False
-    adapter: Adapter = "svd_error"
+    adapter: Adapter = "svd_weight"
     lora_alpha: float | None = None
     svd: Literal["randomized", "full"] = "randomized"
     oversampling: int = 32

@@ -54,7 +54,7 @@ def test_codes_are_the_weight_and_the_adapter_of_its_error(
 ) -> None:
     weight, rank = random(*shape).to(dtype), 4
     fp8 = Fp8Recipe(weight_scale_rounding=rounding)
-    codes, scale, captured = meld_weight(weight, fp8, MeldRecipe(rank=rank))
+    codes, scale, captured = meld_weight(weight, fp8, MeldRecipe(rank=rank, adapter="svd_error"))
     assert (codes.shape, codes.dtype) == ((shape[0] + rank, shape[1]), torch.uint8)
     expected, its_scale = quantize(weight, E4M3, rounding=rounding)
     assert torch.equal(scale, its_scale)
@@ -103,7 +103,7 @@ def test_full_svd_is_exact() -> None:
 @pytest.mark.parametrize("size", [1e-4, 1e-6, 1e-8])
 def test_adapter_larger_than_the_weight_shares_a_scale_that_fits(size: float) -> None:
     weight = size * random(96, 64)
-    codes, scale, _ = meld_weight(weight, FP8, MeldRecipe(rank=8))
+    codes, scale, _ = meld_weight(weight, FP8, MeldRecipe(rank=8, adapter="svd_error"))
     _, own_scale = quantize(weight, E4M3)
     assert scale < own_scale
     _, values, right = torch.linalg.svd(error_of(weight, codes, scale), full_matrices=False)
@@ -123,7 +123,7 @@ def test_zero_weight(shape: tuple[int, int]) -> None:
 
 
 def test_weight_that_is_exact_in_fp8_has_a_zero_adapter() -> None:
-    codes, _, captured = meld_weight(2 * random(6, 8).sign(), FP8, MeldRecipe(rank=2))
+    codes, _, captured = meld_weight(2 * random(6, 8).sign(), FP8, MeldRecipe(rank=2, adapter="svd_error"))
     assert not codes[6:].any()
     assert captured == 1.0
 

@@ -107,7 +107,7 @@ def test_other_settings_are_named(
     for part in (
         "rank (directory 4, configuration 8)",
         "seed (directory 0, configuration 5)",
-        "adapter (directory 'svd_error', configuration 'kaiming')",
+        "adapter (directory 'svd_weight', configuration 'kaiming')",
         "dtype (directory 'bf16', configuration 'fp32')",
     ):
         assert part in text
