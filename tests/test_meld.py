@@ -123,7 +123,9 @@ def test_zero_weight(shape: tuple[int, int]) -> None:
 
 
 def test_weight_that_is_exact_in_fp8_has_a_zero_adapter() -> None:
-    codes, _, captured = meld_weight(2 * random(6, 8).sign(), FP8, MeldRecipe(rank=2, adapter="svd_error"))
+    codes, _, captured = meld_weight(
+        2 * random(6, 8).sign(), FP8, MeldRecipe(rank=2, adapter="svd_error")
+    )
     assert not codes[6:].any()
     assert captured == 1.0
 
