@@ -449,7 +449,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_study_arguments(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[8e-5, 1.6e-4, 3.2e-4])
     parser.add_argument("--lora-rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3])
     parser.add_argument("--output", type=Path, default=Path("runs/learning"))
     args = parser.parse_args(argv)

@@ -131,9 +131,8 @@ def meld_weight(
 ) -> tuple[Tensor, Tensor, float]:
     """Merged codes of one weight: `[Q(W); Q(A)]` with a shared scale (paper eq. 6 to 9, Alg. 1).
 
-    A is what `recipe.adapter` says: of the rank-r SVD of W, `sqrt(S) V^T` at the length of a random
-    A, or of that of the quantisation error W - DQ(Q(W)), `sqrt(S) V^T` as it is (the paper's); rows
-    beyond the rank are zero.
+    A is what `recipe.adapter` says: `sqrt(S) V^T` of the rank-r SVD of W, or of the quantisation
+    error W - DQ(Q(W)) (the paper's); rows beyond the rank are zero.
 
     Args:
         weight: [out, in], floating.
@@ -160,8 +159,6 @@ def meld_weight(
     else:
         if recipe.adapter == "svd_weight":
             adapter, captured = _svd_adapter(weight, recipe, seed)
-            # As long as LoRA's on average, so that learning rates are LoRA's.
-            adapter *= (recipe.rank / 3) ** 0.5 / adapter.norm().clamp(min=1e-12)
         else:
             adapter, captured = _kaiming_adapter(weight, recipe, seed), 0.0
         # It shares the weight's scale, and there has to be large enough to have digits.

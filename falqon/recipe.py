@@ -139,10 +139,11 @@ class MeldRecipe:
         exclude: patterns to leave alone.
         output_embedding: meld the output embedding (lm_head) as well, if it is included.
         adapter: where A comes from: `svd_weight`, the leading right singular vectors of the weight
-            times the roots of their singular values, all scaled to the length sqrt(rank / 3) of a
-            random A; `svd_error`, those of the quantisation error, not scaled (the paper's);
-            `kaiming`, uniform random numbers in +-1/sqrt(in), LoRA's. The first and the last are
-            scaled where the weight's FP8 scale, which A shares, is not made for their size.
+            times the roots of their singular values; `svd_error`, the same of the quantisation
+            error (the paper's); `kaiming`, uniform random numbers in +-1/sqrt(in), LoRA's. The
+            first is several times longer than the others, and learning rates are as many times
+            smaller. It and the last are scaled where the weight's FP8 scale, which A shares, is
+            not made for their size.
         lora_alpha: as in LoRA: what B A changes in the weight is multiplied by lora_alpha / rank.
             None leaves it as it is, the paper's.
         svd: `randomized` (Halko et al., arXiv:0909.4061) or `full`.
