@@ -147,6 +147,7 @@ for step in range(2):
         layer.B.grad = other.B.grad = None
         layer.codes.to_local().bitwise_xor_(0x80)
         other.codes.data.bitwise_xor_(0x80)
+dist.barrier()
 dist.destroy_process_group()
 """
 

@@ -30,7 +30,7 @@ def make_model(recipe: str = "default") -> nn.Sequential:
     model = nn.Sequential(nn.Linear(24, 40, bias=False), nn.GELU(), nn.Linear(40, 16, bias=False))
     for seed, layer in enumerate((model[0], model[2])):
         layer.weight.data = random(*layer.weight.shape, seed=seed) / layer.in_features**0.5
-    meld(model, RECIPES[recipe], MeldRecipe(rank=RANK))
+    meld(model, RECIPES[recipe], MeldRecipe(rank=RANK, adapter="svd_error"))
     return model
 
 

@@ -55,7 +55,7 @@ def test_flops_are_those_that_are_done(update: str) -> None:
     done = by_name["aten.mm"]
     if update == "live":  # the counter does not know products that are added in place
         layers = melded_layers(made).values()
-        done += sum(2 * 8 * (x.in_features + x.out_features) for x in layers) * ids.numel()
+        done += sum(4 * x.in_features * x.out_features for x in layers) * ids.numel()
     assert flops.supervised == 4 * 160 * 64  # forward, and to its input
     assert (flops.fp8 + flops.other) * ids.numel() + flops.supervised * int(count) == done
 
