@@ -104,7 +104,7 @@ class Sums:
 
 def train(study: Study, args: argparse.Namespace) -> tuple[nn.Module, FalqonPrecision]:
     """A model after the training, with what it learned in T and B."""
-    method = parse_method("live", (args.rate,), ())
+    method = parse_method("live:adapter=svd_error", (args.rate,), ())
     model, plugin = study.prepare(method, args.seed)
     assert plugin is not None
     study.train(model, plugin, method, args.rate, args.seed, lambda step: None)

@@ -197,3 +197,29 @@ def test_vendor_matmul(outs: tuple[int, ...], per_token: bool, fmt: Any) -> None
         None,
     )
     assert plain.shape == (tokens, len(right)) and nothing.shape == (tokens, 0)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("outs", [(48,), (32, 16)])
+def test_vendor_matmul_adds_to_what_is_there(outs: tuple[int, ...], biased: bool) -> None:
+    """The memory of `onto` has all of the result: nobody looks at what is returned."""
+    tokens, features, rank = 17, 32, 16
+    left = encode(random(tokens, features, seed=1), E4M3)
+    right = encode(random(sum(outs) + rank * len(outs), features, seed=2), E4M3)
+    segments: list[tuple[int, int, int, int]] = []
+    row = 0
+    for number, out in enumerate(outs):
+        segments += [(row, out, 0, number), (row + out, 0, number * rank, ADAPTER)]
+        row += out + rank
+    bias = random(sum(outs), seed=3).bfloat16() if biased else None
+    onto = [random(tokens, out, seed=4 + n).bfloat16() for n, out in enumerate(outs)]
+    before = [x.float() for x in onto]
+    one, scales = torch.ones(1), torch.ones(len(outs))
+    vendor_matmul(left, one, "e4m3", right, scales, tuple(segments), torch.bfloat16, bias, onto)
+    exact = decode(left, E4M3) @ decode(right, E4M3).t()
+    for number, (begin, found) in enumerate(zip(before, onto, strict=True)):
+        first, rows, *_ = segments[2 * number]
+        expected = exact[:, first : first + rows] + begin
+        if bias is not None:
+            expected = expected + bias.split(list(outs))[number]
+        torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from falqon.fp8 import E4M3, E5M2, encode
-from falqon.kernels.backbone_matmul import backbone_matmul_gpu
-from falqon.kernels.melded_matmul import melded_matmul_gpu
+from falqon.kernels.backbone_matmul import backbone_matmul_gpu, backbone_matmul_onto_gpu
+from falqon.kernels.melded_matmul import adapter_matmul_gpu, backbone_outputs_gpu, melded_matmul_gpu
 from falqon.kernels.proxy_grad import proxy_grad_gpu
 from falqon.kernels.quantize import quantize_delayed_gpu, quantize_gpu
 from falqon.kernels.rms_norm_quantize import rms_norm_grad_gpu, rms_norm_quantize_gpu
@@ -25,6 +25,7 @@ X = random(5, 16, seed=2).bfloat16()
 INVERSE, WEIGHT = torch.ones(5, 1), torch.ones(16).bfloat16()
 INPUT, GRADIENT = encode(random(5, 16), E4M3), encode(random(5, 16), E5M2)
 BIASES = [None, random(8).bfloat16()]
+ONTO = random(5, 8, seed=3).bfloat16()
 CASES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "per token": (quantize_gpu, (X, "e4m3", "per_token", "power_of_two")),
     "per tensor": (quantize_gpu, (X.t(), "e5m2", "per_tensor", "none")),
@@ -38,6 +39,18 @@ CASES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "melded": (
         melded_matmul_gpu,
         (INPUT, torch.ones(5, 1), CODES, SCALES, BIASES, 4, torch.bfloat16),
+    ),
+    "adapters": (
+        adapter_matmul_gpu,
+        (INPUT, torch.ones(5, 1), CODES, SCALES, 4, torch.bfloat16),
+    ),
+    "outputs, onto": (
+        backbone_outputs_gpu,
+        (INPUT, torch.ones(5, 1), CODES, SCALES, BIASES, 4, torch.bfloat16, [ONTO, 2 * ONTO]),
+    ),
+    "backbone, onto": (
+        backbone_matmul_onto_gpu,
+        (GRADIENT, torch.ones(1), CODES, SCALES[0], 4, False, random(5, 16)),
     ),
     "backbone": (
         backbone_matmul_gpu,

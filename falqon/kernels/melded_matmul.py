@@ -273,7 +273,7 @@ class MeldedMatmul(nn.Module):
             adapters = self.adapters(*given, dtype)
             onto = [pending_outputs(a, proxy) for a, proxy in zip(adapters, proxies, strict=True)]
             return self._onto(onto, *given, biases, dtype), adapters
-        if not _on_gpu(x):
+        if not _runs_kernels(x):
             return melded_matmul(*given, biases, self.rank, dtype, self.power_of_two)
         outs: list[Tensor] = []
         adapters = []
@@ -294,7 +294,7 @@ class MeldedMatmul(nn.Module):
         dtype: torch.dtype,
     ) -> list[Tensor]:
         """See `adapter_matmul`; on a GPU views of one tensor."""
-        if not _on_gpu(x):
+        if not _runs_kernels(x):
             return adapter_matmul(x, x_scale, codes, scales, self.rank, dtype, self.power_of_two)
         return [
             part
@@ -314,7 +314,7 @@ class MeldedMatmul(nn.Module):
         biases: Sequence[Tensor | None],
         dtype: torch.dtype,
     ) -> list[Tensor]:
-        if not _on_gpu(x):
+        if not _runs_kernels(x):
             kind = (self.rank, dtype, self.power_of_two)
             return backbone_outputs(x, x_scale, codes, scales, biases, *kind, onto)
         for some in _portions(codes):
@@ -327,7 +327,7 @@ class MeldedMatmul(nn.Module):
         return f"rank={self.rank}, power_of_two={self.power_of_two}"
 
 
-def _on_gpu(x: Tensor) -> bool:
+def _runs_kernels(x: Tensor) -> bool:
     return devices.uses_kernels(x) and x.dtype == torch.uint8
 
 

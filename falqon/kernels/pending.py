@@ -47,9 +47,11 @@ def pending_gradient(
         [T, in] in the dtype of `grads`, a tensor of its own.
     """
     rank = proxies[0].shape[1]
-    adapters = torch.cat([merged[merged.shape[0] - rank :] for merged in codes])
-    thin = [
-        grad @ (proxy / scale).to(grad.dtype)
-        for grad, proxy, scale in zip(grads, proxies, scales, strict=True)
-    ]
-    return torch.cat(thin, dim=1) @ operand(adapters, E4M3, grads[0].dtype)
+    dtype = grads[0].dtype
+    adapters = operand(
+        torch.cat([merged[merged.shape[0] - rank :] for merged in codes]), E4M3, torch.float32
+    )
+    if codes[0].dtype == torch.uint8:  # here and not on B, which would underflow in float16
+        adapters = adapters / torch.cat(list(scales)).repeat_interleave(rank)[:, None]
+    thin = [grad @ proxy.to(dtype) for grad, proxy in zip(grads, proxies, strict=True)]
+    return torch.cat(thin, dim=1) @ adapters.to(dtype)

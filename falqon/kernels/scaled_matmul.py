@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from falqon.kernels import backend
-from falqon.kernels.devices import has_fp8_units
+from falqon.kernels.devices import architecture, has_fp8_units
 
 _KINDS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -68,8 +68,9 @@ def vendor_matmul(
         outs = [begin.copy_(out.add_(begin)) for out, begin in zip(outs, onto, strict=True)]
     adapters = [both[:, a : a + n] for a, n, _, to in segments if to == ADAPTER]
     adapter = torch.cat(adapters, dim=1) if adapters else both.new_empty(len(both), 0)
-    if bias is not None:
-        outs = [o + b for o, b in zip(outs, bias.split([o.shape[1] for o in outs]), strict=True)]
+    if bias is not None:  # in place: with `onto` these are its tensors, and nobody looks elsewhere
+        for out, part in zip(outs, bias.split([o.shape[1] for o in outs]), strict=True):
+            out.add_(part)
     if len(outs) == 1 and not adapters and onto is None:
         outs = [both]
     return outs, adapter.contiguous()
@@ -120,6 +121,9 @@ def scaled_matmul(
     possible = cuts is None and has_fp8_units(left.device) and count > 0
     possible = possible and not is_thin(segments)
     possible = possible and depth % 16 == 0 and right.shape[0] % 16 == 0
+    # With a scale a row the vendor's results are float32 on Hopper only.
+    per_row = left_scale.numel() > 1 or right_scale.numel() > 1
+    possible = possible and (onto is None or not per_row or architecture(left.device) == 90)
     if not possible:
         name = "triton"
     if name == "auto":

@@ -53,7 +53,10 @@ class _RowParallelMatmul(MeldedMatmul):
 
     def adapters(self, *args: Any) -> list[Tensor]:
         """O_A_i, summed before B acts on them."""
-        parts = [part.contiguous() for part in super().adapters(*args)]
+        return self._summed(super().adapters(*args))
+
+    def _summed(self, parts: list[Tensor]) -> list[Tensor]:
+        parts = [part.contiguous() for part in parts]
         for part in parts:
             dist.all_reduce(part, group=self.group)
         return parts
@@ -72,12 +75,8 @@ class _RowParallelMatmul(MeldedMatmul):
         if dist.get_rank(self.group):  # what B adds is whole on every rank and counts once
             proxies = [torch.zeros_like(proxy) for proxy in proxies]
         outs, adapters = super().forward(x, x_scale, codes, scales, none, dtype, proxies)
-        if not proxies:
-            adapters = [adapter.contiguous() for adapter in adapters]
-            for adapter in adapters:
-                dist.all_reduce(adapter, group=self.group)
-        for out in outs:
-            dist.all_reduce(out, group=self.group)
+        adapters = adapters if proxies else self._summed(adapters)
+        outs = self._summed(outs)
         for out, bias in zip(outs, biases, strict=True):
             if bias is not None:
                 out.add_(bias.to(dtype))
