@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -138,28 +139,22 @@ def _matmuls(arch: int) -> Iterator[Build]:
     # Kinds: name, format of left, row-major weight, native, segments, sizes multiples of 16.
     kinds = [
         ("melded_matmul", "fp8e4nv", False, True, 2, True),
-        ("melded_matmul, onto", "fp8e4nv", False, True, 2, True),
         ("melded_matmul, odd rank", "fp8e4nv", False, True, 2, False),
         ("melded_matmul, q/k/v", "fp8e4nv", False, True, 6, True),
-        ("melded_matmul, q/k/v, onto", "fp8e4nv", False, True, 6, True),
         ("melded_matmul, q/k/v, odd rank", "fp8e4nv", False, True, 6, False),
         ("backbone_matmul", "fp8e5", False, True, 1, True),
-        ("backbone_matmul, onto", "fp8e5", False, True, 1, True),
         ("backbone_matmul, row-major", "fp8e5", True, True, 1, True),
-        ("backbone_matmul, row-major, onto", "fp8e5", True, True, 1, True),
         ("melded_matmul, float16", "u8", False, False, 2, True),
-        ("melded_matmul, float16, onto", "u8", False, False, 2, True),
         ("backbone_matmul, float16, row-major", "u8", True, False, 1, True),
-        ("backbone_matmul, float16, row-major, onto", "u8", True, False, 1, True),
     ]
-    for name, left, row_major, native, segments, aligned in kinds:
+    for (name, left, row_major, native, segments, aligned), onto in product(kinds, (False, True)):
         # Architectures without FP8 units get 16-bit operands, and only they do.
         known = arch if native else 0
-        if native != (arch > 80):
+        if native != (arch > 80) or (onto and not aligned):
             continue
+        name += ", onto" if onto else ""
         loads = (False, True) if native and aligned and arch >= 90 else (False,)
         for descriptors in loads:
-            onto = name.endswith("onto")
             for config in matmul_triton.configurations(known, row_major, segments, aligned, onto):
                 tile = "x".join(str(config.kwargs[f"BLOCK_{x}"]) for x in "MNK")
                 shape = f"{tile}, {config.num_warps} warps, {config.num_stages} stages"

@@ -79,7 +79,8 @@ def lora_fa(layer: MeldedLinear, x: Tensor, grad: Tensor) -> tuple[Tensor, Tenso
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_output_and_gradients_to_fp8_accuracy(recipe: str, dtype: torch.dtype) -> None:
     layer = make(recipe, bias=False)  # a bias is exact and would flatter the figures
-    x, grad = random(TOKENS, IN, seed=2).to(dtype), random(TOKENS, OUT, seed=3).to(dtype)
+    tokens = 16 * TOKENS  # a few directions make up most of A: a small sample says little of O_A
+    x, grad = random(tokens, IN, seed=2).to(dtype), random(tokens, OUT, seed=3).to(dtype)
     x.requires_grad_()
     y = layer(x)
     y.backward(grad)
@@ -92,8 +93,7 @@ def test_output_and_gradients_to_fp8_accuracy(recipe: str, dtype: torch.dtype) -
     assert signal_to_noise(x.grad, dx) > E5M2_DB - MARGIN_DB
     assert layer.B.grad is not None
     assert layer.B.grad.dtype == torch.float32
-    # O_A alone is rounded; a few directions of A make up most of it, hence the larger margin.
-    assert signal_to_noise(layer.B.grad, d_proxy) > E4M3_DB - 2 * MARGIN_DB
+    assert signal_to_noise(layer.B.grad, d_proxy) > E4M3_DB - MARGIN_DB  # O_A alone is rounded
     # The rounding is there at all: no result may be much better than FP8 can be.
     for result, reference in ((y, expected), (layer.B.grad, d_proxy)):
         assert signal_to_noise(result, reference) < E4M3_DB + 2
