@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from contextlib import nullcontext
-from itertools import islice
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -34,9 +33,11 @@ from falqon.precision import FalqonPrecision
 from falqon.premeld.directory import MeldedDirectory, open_melded
 from falqon.premeld.load import load_melded
 from falqon.pretrained import load_model, resolve
+from lit_modules.layers import arrange
 from lit_modules.loss import supervised_loss
 from lit_modules.methods import Falqon, Method
 from lit_modules.methods import state as method_state
+from lit_modules.passes import calibrate, check_calibration, held_out_loss
 from lit_modules.schedules import WarmupConstant
 
 
@@ -61,6 +62,10 @@ class LitCausalLM(LightningModule):
         optimizer: From parameters to an optimizer.
         lr_scheduler: From an optimizer to a scheduler, stepped once an optimizer step.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        activation_gib: GiB that the decoder layers may keep for the backward pass; so many of them
+            as do not fit are recomputed (`lit_modules.layers.ActivationBudget`).
+        compile_layers: `torch.compile` each decoder layer for training. For GPUs and for other
+            methods: on a CPU FALQON's layers are slower for it.
         attn_implementation: Attention of transformers: `sdpa`, `eager`, `flash_attention_2` ...
         compare_with_base: Measure the validation loss of the untuned model before it is melded. It
             is then on the device in its own precision for a moment.
@@ -84,6 +89,8 @@ class LitCausalLM(LightningModule):
             optimizer, warmup=0.03
         ),
         gradient_checkpointing: bool = False,
+        activation_gib: float | None = None,
+        compile_layers: bool = False,
         attn_implementation: str = "sdpa",
         compare_with_base: bool = False,
         max_new_tokens: int = 128,
@@ -98,7 +105,14 @@ class LitCausalLM(LightningModule):
         self.model_name = model_name
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        if activation_gib is not None and (gradient_checkpointing or activation_gib <= 0):
+            raise InputError(
+                f"activation_gib {activation_gib} has to be positive, and replaces "
+                "gradient_checkpointing, which keeps nothing: set that to false."
+            )
         self.gradient_checkpointing = gradient_checkpointing
+        self.activation_gib = activation_gib
+        self.compile_layers = compile_layers
         self.attn_implementation = attn_implementation
         self.compare_with_base = compare_with_base
         self.max_new_tokens = max_new_tokens
@@ -122,15 +136,20 @@ class LitCausalLM(LightningModule):
         Raises:
             InputError: for a method and a plugin that do not go together, for flash attention with
                 packed batches of several rows (it would not keep documents apart), for a
-                compensated flush without training examples to look at, and for a strategy that
-                cannot work.
+                compensated flush without training examples to look at, for a strategy that cannot
+                work, and for one that shards with layers that are compiled or have a budget.
         """
         prepare(self.trainer.strategy)
+        if is_sharding(self.trainer.strategy) and (self.activation_gib or self.compile_layers):
+            raise InputError(
+                "activation_gib and compile_layers are for one device or ddp: with a strategy that "
+                "shards, use gradient_checkpointing."
+            )
         self.method.check(self.trainer)
         data = getattr(self.trainer, "datamodule", None)
         plugin = self.trainer.precision_plugin
         if stage == "fit" and isinstance(plugin, FalqonPrecision):
-            self._check_calibration(plugin)
+            check_calibration(plugin, self.trainer)
         elif stage == "fit" and self.exact_sums:
             raise InputError(
                 "exact_sums adds gradients of melded layers: use it with falqon.FalqonPrecision, "
@@ -169,8 +188,9 @@ class LitCausalLM(LightningModule):
                     revision=self.revision,
                 )
             if self.compare_with_base and self._fits_from_start():
-                self.base_loss = self._loss_of(model.to(device))  # type: ignore[arg-type]
-                model = model.to(store or device)  # type: ignore[arg-type]
+                model.to(device)  # type: ignore[arg-type]
+                self.base_loss = held_out_loss(model, self.trainer)
+                model.to(store or device)  # type: ignore[arg-type]
             if isinstance(plugin, FalqonPrecision):
                 plugin.convert(model, device=device, premelded=premelded, store=store)
                 rank_zero_info(str(plugin.report))
@@ -180,10 +200,8 @@ class LitCausalLM(LightningModule):
                 model = self.method.prepare(model)  # type: ignore[assignment]
                 method_state.check_prepared(self.method, model)
                 self.strict_loading = False  # a checkpoint holds what is trained
-        if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+        compiled = self.compile_layers and self.trainer.state.fn == "fit"
+        arrange(model, self.gradient_checkpointing, self.activation_gib, compiled)
         if sharding:
             self._shard(model, plugin)
         if isinstance(plugin, FalqonPrecision) and self.exact_sums:
@@ -219,24 +237,6 @@ class LitCausalLM(LightningModule):
 
     def _fits_from_start(self) -> bool:
         return self.trainer.state.fn == "fit" and not self.trainer.ckpt_path
-
-    @torch.no_grad()
-    def _loss_of(self, model: PreTrainedModel) -> float | None:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if datamodule is None:
-            return None
-        batches: Iterable[Any] = datamodule.val_dataloader()
-        limit = self.trainer.limit_val_batches
-        if isinstance(limit, float):
-            limit = int(limit * len(batches))  # type: ignore[arg-type]
-        sums = torch.zeros(2, dtype=torch.float64, device=model.device)
-        model.eval()
-        for batch in islice(batches, limit):
-            batch = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, Tensor)}
-            sums += torch.stack(supervised_loss(model, batch)).double()
-        group = data_parallel_group(self.trainer)
-        loss, tokens = self.trainer.strategy.reduce(sums, group, reduce_op="sum").tolist()
-        return loss / tokens if tokens else None
 
     def configure_optimizers(self) -> Any:
         """Optimizer over what is trainable, with its scheduler stepped once an optimizer step."""
@@ -359,31 +359,8 @@ class LitCausalLM(LightningModule):
         """
         plugin = self.trainer.precision_plugin
         if isinstance(plugin, FalqonPrecision):
-            plugin.flush(self._calibrate)
-
-    def _check_calibration(self, plugin: FalqonPrecision) -> None:
-        data = getattr(self.trainer, "datamodule", None)
-        if plugin.update.flush_rounding != "same" and not hasattr(data, "calibration_rows"):
-            raise InputError(
-                "flush_rounding 'compensated' looks at training examples, which a data module of "
-                "this project gives: use one, or set update.flush_rounding to 'same'."
-            )
-
-    @torch.no_grad()
-    def _calibrate(self) -> None:
-        """Run the model on training examples, for a flush that looks at the layers' inputs."""
-        assert self.model is not None
-        plugin = self.trainer.precision_plugin
-        assert isinstance(plugin, FalqonPrecision)
-        self._check_calibration(plugin)
-        rows = self.trainer.datamodule.calibration_rows  # type: ignore[attr-defined]
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            for tokens in rows(plugin.update.calibration_rows):
-                self.model(input_ids=tokens[None].to(self.device), use_cache=False)
-        finally:
-            self.model.train(was_training)
+            assert self.model is not None
+            plugin.flush(partial(calibrate, self.model, plugin, self.trainer))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add a batch's loss to the sums of `val/loss`."""
