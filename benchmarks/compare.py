@@ -4,10 +4,12 @@
         --train rows.json --steps 50 --output runs/compare
 
 Each method is an overlay of `configs/methods` (or the path of one) on one generated configuration,
-and trains in a process of its own by `train.py fit`. The first round trains for all steps and
-validates; further rounds train a few steps again, all methods in turn, so that a noisy machine hits
-all alike. A method that does not train is not reported: every parameter that it says it trains must
-get a gradient that is not zero, what it changes must have changed, and the held-out loss must fall.
+and trains in a process of its own by `train.py fit`. `qlora:padded` is QLoRA with padded batches
+where the others have packed ones (`--packing`), `qlora:compiled` with compiled layers. The first
+round trains for all steps and validates; further rounds train a few steps again, all methods in
+turn, so that a noisy machine hits all alike. A method that does not train is not reported: every
+parameter that it says it trains must get a gradient that is not zero, what it changes must have
+changed, and the held-out loss must fall.
 
 Written to the output directory: `compare.csv`, `compare.json` (hardware, versions, settings, every
 step), `step_time.png`, `loss.png`, `breakdown.png`.
@@ -35,6 +37,11 @@ ROOT = Path(__file__).parents[1]
 OVERLAYS = ROOT / "configs" / "methods"
 PROFILED = 8
 """Steps that are profiled: FALQON's default policy writes rows in every eighth."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "padded": {"data": {"init_args": {"packing": False, "group_by_length": True}}},
+    "compiled": {"model": {"init_args": {"compile_layers": True}}},
+}
+"""What a method can be run with besides its overlay: `NAME:VARIANT`."""
 _DATA = {"alpaca": "datamodules.AlpacaDataModule", "oasst1": "datamodules.OASST1DataModule"}
 
 
@@ -43,7 +50,7 @@ def find_overlays(names: str) -> dict[str, Path]:
 
     Args:
         names: Names of files in `configs/methods` without `.yaml`, paths of overlays, or `all`;
-            commas between them.
+            commas between them. A name may be followed by one of `VARIANTS`, after a colon.
 
     Raises:
         InputError: for one that does not exist, or a name given twice.
@@ -52,16 +59,22 @@ def find_overlays(names: str) -> dict[str, Path]:
     if names == "all":
         return known
     found: dict[str, Path] = {}
-    for name in filter(None, (part.strip() for part in names.split(","))):
+    for entry in filter(None, (part.strip() for part in names.split(","))):
+        name, _, variant = entry.partition(":")
+        if variant not in ("", *VARIANTS):
+            raise InputError(
+                f"--methods: {entry} has an unknown variant; choose from {', '.join(VARIANTS)}."
+            )
         path = known.get(name, Path(name))
         if not path.is_file():
             raise InputError(
                 f"--methods: there is no method {name!r}; choose from {', '.join(known)}, or give "
                 "the path of an overlay."
             )
-        if path.stem in found:
-            raise InputError(f"--methods names {path.stem} twice.")
-        found[path.stem] = path
+        title = f"{path.stem}:{variant}" if variant else path.stem
+        if title in found:
+            raise InputError(f"--methods names {title} twice.")
+        found[title] = path
     if not found:
         raise InputError("--methods is empty; name at least one.")
     return found
@@ -90,6 +103,7 @@ def base_config(args: argparse.Namespace, root: Path, number: int) -> dict[str, 
         "batch_size": args.batch_size,
         "max_length": args.max_length,
         "limit_val_rows": args.val_rows,
+        "packing": args.packing,
         "seed": args.seed,
     }
     if args.val:
@@ -144,18 +158,21 @@ def train(args: argparse.Namespace, name: str, path: Path, number: int) -> dict[
     Returns:
         What `benchmarks.compare_worker` gives, or `error` with the reason that there is nothing.
     """
-    root = args.output / "runs" / name / str(number)
+    root = args.output / "runs" / name.replace(":", "-") / str(number)
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     overlay = with_rank(yaml.safe_load(path.read_text()), args.rank)
-    first, second, job = root / "base.yaml", root / "method.yaml", root / "job.json"
-    first.write_text(yaml.safe_dump(base_config(args, root / "run", number)))
-    second.write_text(yaml.safe_dump(overlay))
+    variant = VARIANTS.get(name.partition(":")[2], {})
+    configs = {"base": base_config(args, root / "run", number), "method": overlay}
+    configs["variant"] = variant
+    for title, config in configs.items():
+        (root / f"{title}.yaml").write_text(yaml.safe_dump(config))
+    job = root / "job.json"
     optimizer = overlay.get("model", {}).get("init_args", {}).get("optimizer", {})
     job.write_text(
         json.dumps(
             {
-                "arguments": [f"--config={first}", f"--config={second}"],
+                "arguments": [f"--config={root / title}.yaml" for title in configs],
                 "threads": args.threads,
                 "closing": number == 0,
                 "lr": optimizer.get("init_args", {}).get("lr"),
@@ -251,6 +268,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timed-steps", type=int, default=10, help="of the short rounds")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--packing", action="store_true", help="rows of several examples")
     parser.add_argument("--val-rows", type=int, default=48)
     parser.add_argument("--eval-every", type=int, default=25)
     parser.add_argument("--clip", type=float, default=1.0)

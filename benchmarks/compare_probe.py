@@ -36,7 +36,7 @@ class Probe(Callback):
         self.profiled = range(0)
         if profile_from is not None:
             self.profiled = range(profile_from, profile_from + profile_steps)
-        self.steps: list[dict[str, float]] = []
+        self.steps: list[dict[str, Any]] = []
         self.validations: list[dict[str, float]] = []
         self.parts: dict[str, float] = {}
         self.unseen: set[str] = set()
@@ -44,6 +44,8 @@ class Probe(Callback):
         self.peak_rss = 0
         self._before: dict[str, tuple[float, float]] = {}
         self._start = 0.0
+        self._end: float | None = None
+        self._between: float | None = None
         self._profile: profile | None = None
 
     # -- what trains --------------------------------------------------------------------------
@@ -85,6 +87,7 @@ class Probe(Callback):
             reset_peak_rss()
         _wait(trainer)
         self._start = time.perf_counter()
+        self._between = self._start - self._end if self._end is not None else None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -106,8 +109,13 @@ class Probe(Callback):
                 "positions": batch["input_ids"].numel(),
                 "loss": float(trainer.callback_metrics["train/loss"]),
                 "profiled": step in self.profiled,
+                "between": self._between,
             }
         )
+        self._end = time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end = None  # what passes until the next step is not its loader's
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loss = trainer.callback_metrics.get("val/loss")

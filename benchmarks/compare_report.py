@@ -20,10 +20,11 @@ Row = dict[str, Any]
 Rounds = dict[str, list[dict[str, Any]]]
 
 COLUMNS = (
-    "method", "step_s", "step_p20_s", "step_p80_s", "tokens_per_s", "speed_to_qlora",
-    "speed_to_lora", "peak_rss_bytes", "device_bytes", "trainable_parameters",
-    "checkpoint_bytes", "val_loss_start", "val_loss", "val_loss_equal_time", "equal_time_s",
-    "training_s", "tokens_per_step", "padding_share", "timed_steps", "lr",
+    "method", "step_s", "step_p20_s", "step_p80_s", "tokens_per_s", "between_s",
+    "end_to_end_tokens_per_s", "speed_to_qlora", "speed_to_lora", "peak_rss_bytes",
+    "device_bytes", "trainable_parameters", "checkpoint_bytes", "val_loss_start", "val_loss",
+    "val_loss_equal_time", "equal_time_s", "training_s", "tokens_per_step", "padding_share",
+    "timed_steps", "lr",
 )  # fmt: skip
 _LIBRARIES = ("torch", "transformers", "lightning", "peft", "bitsandbytes", "torchao")
 
@@ -54,10 +55,20 @@ def timed(rounds: list[dict[str, Any]], warmup: int) -> dict[tuple[int, int], di
 
 
 def speed_to(ours: dict[Any, dict[str, float]], other: dict[Any, dict[str, float]]) -> float:
-    """How many times faster: the median over steps on the same batch in the same round."""
-    return statistics.median(
-        other[key]["seconds"] / ours[key]["seconds"] for key in ours.keys() & other.keys()
-    )
+    """How many times faster: the median over steps on the same batch in the same round.
+
+    Where the batches are others (packed and padded ones), by tokens/s over all steps.
+    """
+    both = [(ours[key], other[key]) for key in ours.keys() & other.keys()]
+    if any(a["tokens"] != b["tokens"] or a["positions"] != b["positions"] for a, b in both):
+        return rate(ours) / rate(other)
+    return statistics.median(b["seconds"] / a["seconds"] for a, b in both)
+
+
+def rate(steps: dict[Any, dict[str, float]], between: float = 0.0) -> float:
+    """Tokens a second, padding not counted; `between` are seconds that pass between steps."""
+    seconds = sum(entry["seconds"] + between for entry in steps.values())
+    return sum(entry["tokens"] for entry in steps.values()) / seconds
 
 
 def curve(result: dict[str, Any]) -> list[tuple[int, float, float]]:
@@ -90,12 +101,16 @@ def rows(rounds: Rounds, args: argparse.Namespace) -> list[Row]:
         tokens = sum(entry["tokens"] for entry in own.values())
         positions = sum(entry["positions"] for entry in own.values())
         points = curve(full)
+        waits = [entry["between"] for entry in own.values() if entry.get("between") is not None]
+        between = statistics.median(waits) if waits else 0.0
         row = {
             "method": name,
             "step_s": statistics.median(seconds),
             "step_p20_s": _percentile(seconds, 20),
             "step_p80_s": _percentile(seconds, 80),
-            "tokens_per_s": tokens / sum(seconds),
+            "tokens_per_s": rate(own),
+            "between_s": between,
+            "end_to_end_tokens_per_s": rate(own, between),
             "speed_to_qlora": speed_to(own, steps["qlora"]) if "qlora" in steps else None,
             "speed_to_lora": speed_to(own, steps["lora"]) if "lora" in steps else None,
             "peak_rss_bytes": max(result["peak_rss_bytes"] for result in results),
@@ -130,6 +145,7 @@ _SHOWN: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("p20", "step_p20_s", lambda x: f"{x:.3f}"),
     ("p80", "step_p80_s", lambda x: f"{x:.3f}"),
     ("tokens/s", "tokens_per_s", lambda x: f"{x:,.0f}"),
+    ("end to end", "end_to_end_tokens_per_s", lambda x: f"{x:,.0f}"),
     ("x QLoRA", "speed_to_qlora", lambda x: f"{x:.2f}"),
     ("x LoRA", "speed_to_lora", lambda x: f"{x:.2f}"),
     ("RSS GiB", "peak_rss_bytes", lambda x: f"{x / 2**30:.2f}"),

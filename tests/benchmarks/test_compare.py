@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from benchmarks import compare, compare_report
 from benchmarks.compare_breakdown import PARTS, breakdown, part_of
 from benchmarks.compare_probe import Probe, fingerprints
 from benchmarks.paper import PAPER
+from lit_modules import LitCausalLM
 from lit_modules.methods import LoRA
 from tests.method_checks import prepared
 
@@ -70,6 +72,8 @@ def test_mistakes_are_told_at_once(
     for methods, message in (
         ("lora,nothing", "no method 'nothing'; choose from"),
         ("lora,lora", "names lora twice"),
+        ("lora:padded,lora:padded", "names lora:padded twice"),
+        ("lora:padd", "lora:padd has an unknown variant; choose from padded, compiled"),
         (",", "--methods is empty"),
     ):
         flags = arguments(tokenizer_dir, alpaca_file, tmp_path, f"--methods={methods}")
@@ -79,6 +83,25 @@ def test_mistakes_are_told_at_once(
     assert compare.main(flags) == 2
     assert "leaves nothing to time" in capsys.readouterr().err
     assert set(compare.find_overlays("all")) >= {"falqon", "lora", "qlora", "full"}
+
+
+def test_variants_of_a_method(tokenizer_dir: str, alpaca_file: str, tmp_path: Path) -> None:
+    flags = arguments(tokenizer_dir, alpaca_file, tmp_path, "--methods=lora,lora:padded")
+    assert compare.main([*flags, "--repeats=1", "--packing", "--max-length=256"]) == 0
+    with (tmp_path / "compare.csv").open() as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    packed, padded = rows["lora"], rows["lora:padded"]
+    assert float(packed["tokens_per_step"]) > 1.5 * float(padded["tokens_per_step"])
+    ratio = float(padded["tokens_per_s"]) / float(packed["tokens_per_s"])
+    assert float(padded["speed_to_lora"]) == pytest.approx(ratio)
+    for row in rows.values():
+        assert float(row["between_s"]) > 0
+        assert 0 < float(row["end_to_end_tokens_per_s"]) < float(row["tokens_per_s"])
+    settings = yaml.safe_load((tmp_path / "runs/lora-padded/0/run/config.yaml").read_text())
+    data = settings["data"]["init_args"]
+    assert data["group_by_length"] and not data["packing"]
+    compiled = compare.VARIANTS["compiled"]["model"]["init_args"]
+    assert compiled["compile_layers"] and hasattr(LitCausalLM("x"), "compile_layers")
 
 
 def validations(*points: tuple[int, float], pace: float = 2.0) -> list[dict[str, float]]:
@@ -91,7 +114,13 @@ def result(**changes: Any) -> dict[str, Any]:
     ]
     return {
         "steps": [
-            {"seconds": 1.0 + i % 2, "tokens": 80, "positions": 100, "profiled": False}
+            {
+                "seconds": 1.0 + i % 2,
+                "tokens": 80,
+                "positions": 100,
+                "profiled": False,
+                "between": 0.5 if i else None,
+            }
             for i in range(10)
         ],
         "validations": losses,
@@ -197,6 +226,8 @@ def test_numbers_of_the_table() -> None:
     assert rows["lora"]["speed_to_qlora"] == 3.0 and rows["qlora"]["speed_to_lora"] == 1 / 3
     assert rows["lora"]["tokens_per_s"] == pytest.approx(8 * 80 / 12)
     assert rows["lora"]["padding_share"] == pytest.approx(0.2)
+    assert rows["lora"]["between_s"] == 0.5
+    assert rows["lora"]["end_to_end_tokens_per_s"] == pytest.approx(8 * 80 / 16)
     # LoRA is done after 20 s; QLoRA is then two thirds of the way from 3.0 to its loss at 30 s.
     assert rows["lora"]["equal_time_s"] == 20.0
     assert rows["lora"]["val_loss_equal_time"] == rows["lora"]["val_loss"] == 2.0
