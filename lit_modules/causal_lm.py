@@ -28,11 +28,11 @@ from falqon.parallel.strategies import (
     is_sharding,
     prepare,
 )
-from falqon.parallel.wholes import whole_shape
 from falqon.precision import FalqonPrecision
 from falqon.premeld.directory import MeldedDirectory, open_melded
 from falqon.premeld.load import load_melded
 from falqon.pretrained import load_model, resolve
+from lit_modules.divergence import DivergenceGuard
 from lit_modules.layers import arrange
 from lit_modules.loss import supervised_loss
 from lit_modules.methods import Falqon, Method
@@ -127,6 +127,7 @@ class LitCausalLM(LightningModule):
         self._sums: dict[str, Tensor] = {}
         self._frozen = ""  # hash of what training does not change; see `method_state`
         self._exact: ExactSums | None = None
+        self._guard = DivergenceGuard()
 
     # -- setting up ---------------------------------------------------------------------------
 
@@ -316,21 +317,25 @@ class LitCausalLM(LightningModule):
         plugin = self.trainer.precision_plugin
         layers = plugin.layers.values() if isinstance(plugin, FalqonPrecision) else ()
         norm = total_norm(parameters, layers)
-        if not torch.isfinite(norm):
-            # Adam's moments would never recover, and with them the weights stand still for good.
-            raise InputError(
-                f"the gradient is not finite at step {self.trainer.global_step} (loss "
-                f"{float(loss / tokens.clamp(min=1)):.4g}): the training has diverged. Resume from "
-                "the last checkpoint with a smaller learning rate."
-            )
+        mean = loss / tokens.clamp(min=1)
+        self._guard.check()
+        self._guard.watch(norm, mean, self.trainer.global_step)
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         elif gradient_clip_val:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         learning_rate = optimizer.param_groups[0]["lr"]
-        self.log("train/loss", loss / tokens.clamp(min=1), prog_bar=True)
+        self.log("train/loss", mean, prog_bar=True)
         self.log("grad_norm", norm)
         self.log("lr", learning_rate)
+
+    def on_train_end(self) -> None:
+        """Look at the last step, too.
+
+        Raises:
+            InputError: if its gradient was not finite.
+        """
+        self._guard.check()
 
     # -- validation and test ------------------------------------------------------------------
 
@@ -440,7 +445,11 @@ class LitCausalLM(LightningModule):
         """Add where the model came from, how it is prompted, and the untuned loss.
 
         What is as it was at the start is left out.
+
+        Raises:
+            InputError: if the training has diverged: the checkpoint would be of no use.
         """
+        self._guard.check()
         plugin = self.trainer.precision_plugin
         whole = self.saves_all_weights or is_sharding(self.trainer.strategy)
         if isinstance(plugin, FalqonPrecision) and not whole:
@@ -479,15 +488,7 @@ class LitCausalLM(LightningModule):
             return
         if isinstance(plugin, FalqonPrecision):
             plugin.unpack_checkpoint(checkpoint, self, where)
-        expected = {name: whole_shape(self, name, p) for name, p in self.state_dict().items()}
-        found = {name: tuple(p.shape) for name, p in checkpoint["state_dict"].items()}
-        if expected != found:
-            names = sorted(expected.keys() | found.keys())
-            name = next(n for n in names if expected.get(n) != found.get(n))
-            raise InputError(
-                f"{where} belongs to another model than {self.model_name}: {name} has shape "
-                f"{found.get(name)} there and {expected.get(name)} here."
-            )
+        method_state.check_shapes(self, self.model_name, checkpoint, where)
 
     def _frozen_hash(self) -> str:
         """Hash of what training does not change, computed once."""

@@ -71,31 +71,32 @@ def supervised_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Te
     """
     labels = batch["labels"]
     targets = functional.pad(labels[:, 1:], (0, 1), value=-100)
-    mask = targets != -100
-    count = mask.sum()
-    nothing = not mask.any()
+    # Waits for the device, once and at the start; what follows does not.
+    positions = (targets != -100).flatten().nonzero()[:, 0]
+    count = torch.full((), len(positions), device=labels.device)
+    nothing = not len(positions)
     if nothing:
-        mask = torch.zeros_like(mask)
-        mask[0, 0] = True
+        positions = torch.zeros(1, dtype=torch.int64, device=labels.device)
+    selected_targets = targets.flatten()[positions]
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     if not nothing and model not in _CHANGES_LOGITS and _is_fusible(head):
-        found = _hidden(model, head, batch, mask)
+        found = _hidden(model, head, batch, positions)
         if found is not None:
             selected, logits = found
-            loss = _LinearCrossEntropy.apply(selected, _whole(head), targets[mask])
+            loss = _LinearCrossEntropy.apply(selected, _whole(head), selected_targets)
             # Adds nothing. FSDP2 gathers weights for the backward pass when it comes to the output.
             return loss + logits.sum(), count
         _CHANGES_LOGITS.add(model)
 
     def select(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][mask].unsqueeze(0), *args[1:])
+        return (args[0].flatten(0, 1)[positions].unsqueeze(0), *args[1:])
 
     hook = head.register_forward_pre_hook(select)
     try:
         logits = model(**_inputs(batch), use_cache=False).logits
     finally:
         hook.remove()
-    parts = zip(logits[0].split(_CHUNK), targets[mask].split(_CHUNK), strict=True)
+    parts = zip(logits[0].split(_CHUNK), selected_targets.split(_CHUNK), strict=True)
     losses = [
         checkpoint(_summed_cross_entropy, part, target, use_reentrant=False)
         for part, target in parts
@@ -129,7 +130,7 @@ def _whole(head: nn.Module) -> Tensor:
 
 
 def _hidden(
-    model: nn.Module, head: nn.Module, batch: dict[str, Any], mask: Tensor
+    model: nn.Module, head: nn.Module, batch: dict[str, Any], positions: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """Inputs of the output embedding at the supervised positions, [n, h]; logits of no position.
 
@@ -138,7 +139,7 @@ def _hidden(
     seen: list[Tensor] = []
 
     def select(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        seen.append(args[0][mask])
+        seen.append(args[0].flatten(0, 1)[positions])
         return (args[0][:, :0], *args[1:])  # no position, but a result that can be told apart
 
     def note(head: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:

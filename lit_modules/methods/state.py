@@ -6,12 +6,14 @@ model again, quantised weights too, and a SHA-256 over it tells whether that gav
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from falqon.checkpoint.hashing import hash_tensors
 from falqon.errors import InputError
+from falqon.parallel.wholes import whole_shape
 from lit_modules.methods.base import Method
 
 PREFIX = "model."  # LitCausalLM keeps the model as `self.model`
@@ -113,3 +115,29 @@ def check_frozen(frozen: str, checkpoint: dict[str, Any], where: str) -> None:
             f"their hash is {theirs[:12]}, here {frozen[:12]}. Give the same model (and revision), "
             "and the versions of the libraries that quantised it."
         )
+
+
+def check_shapes(
+    module: nn.Module, model_name: str, checkpoint: Mapping[str, Any], where: str
+) -> None:
+    """Refuse a checkpoint of a model with other tensors.
+
+    Args:
+        module: What is going to be loaded; tensors that are cut up count as whole.
+        model_name: Of its model, for the message.
+        checkpoint: As read, with all of its tensors.
+        where: What it is, for the message.
+
+    Raises:
+        InputError: naming the first tensor that differs, and both shapes.
+    """
+    expected = {name: whole_shape(module, name, p) for name, p in module.state_dict().items()}
+    found = {name: tuple(p.shape) for name, p in checkpoint["state_dict"].items()}
+    if expected == found:
+        return
+    names = sorted(expected.keys() | found.keys())
+    name = next(n for n in names if expected.get(n) != found.get(n))
+    raise InputError(
+        f"{where} belongs to another model than {model_name}: {name} has shape "
+        f"{found.get(name)} there and {expected.get(name)} here."
+    )
