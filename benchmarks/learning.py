@@ -160,7 +160,7 @@ class Study:
 
         seconds = self.train(model, plugin, method, rate, seed, measure)
         changed, exact_inputs = 0.0, losses[last]
-        if plugin is not None and plugin.fp8.emulate == "fp8":
+        if plugin is not None and plugin.fp8.emulate != "none":
             plugin.flush(lambda: self.calibrate(model, plugin))
             changed = _changed_share(self.base, model, plugin)
             exact_inputs = self.loss(dequantized(self.base, plugin))

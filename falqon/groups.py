@@ -14,7 +14,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
-from falqon.fp8 import E4M3
+from falqon.fp8 import E4M3, Format
 from falqon.kernels import RmsNormQuantize, SwigluQuantize
 from falqon.kernels.operands import are_consecutive
 from falqon.linear import MeldedLinear, apply_melded, has_hooks
@@ -32,23 +32,29 @@ def reason_against(layers: Sequence[nn.Module]) -> str | None:
 def fuses_quantizer(recipe: Fp8Recipe) -> bool:
     """Whether what makes a layer's input can quantise it at once: one dynamic scale a token.
 
-    A scale for the whole tensor is known only when all of it is made.
+    A scale for the whole tensor is known only when all of it is made. A recipe that rounds weights
+    alone has nothing to quantise, and what makes the input is one operation all the same.
     """
-    return (recipe.emulate, recipe.activations, recipe.scaling) == ("fp8", "per_token", "dynamic")
+    kind = (recipe.emulate, recipe.activations, recipe.scaling)
+    return recipe.emulate == "weights" or kind == ("fp8", "per_token", "dynamic")
+
+
+def _format(recipe: Fp8Recipe) -> Format | None:
+    return E4M3 if recipe.emulate == "fp8" else None
 
 
 def norm_quantizer(layer: MeldedLinear, eps: float) -> RmsNormQuantize | None:
     """RMSNorm and quantiser in one for a layer's input; None if its recipe does not allow it."""
     if not fuses_quantizer(layer.recipe):
         return None
-    return RmsNormQuantize(eps, E4M3, layer.recipe.scale_rounding)
+    return RmsNormQuantize(eps, _format(layer.recipe), layer.recipe.scale_rounding)
 
 
 def swiglu_quantizer(layer: MeldedLinear) -> SwigluQuantize | None:
     """SwiGLU and quantiser in one for a layer's input; None if its recipe does not allow it."""
-    return (
-        SwigluQuantize(E4M3, layer.recipe.scale_rounding) if fuses_quantizer(layer.recipe) else None
-    )
+    if not fuses_quantizer(layer.recipe):
+        return None
+    return SwigluQuantize(_format(layer.recipe), layer.recipe.scale_rounding)
 
 
 def run_together(layers: Sequence[nn.Module]) -> bool:

@@ -109,7 +109,8 @@ class _MeldedFunction(torch.autograd.Function):
             pending = [_scaled(p, layer) for p, layer in zip(live, layers, strict=bool(live))]
             if ctx.native:
                 weights = melded.decoded(codes, scales, first.rank)
-                grad_input = melded.backward(grads, weights, scales, pending)
+                rounded = first.recipe.emulate == "fp8"
+                grad_input = melded.backward(grads, weights, scales, pending, rounded)
             else:
                 joined = joined_gradients(grads, scales, first.backbone_matmul.power_of_two)
                 grad_codes, grad_scale = first.quantize_gradient(joined)
@@ -240,7 +241,7 @@ class MeldedLinear(nn.Module):
         delayed = recipe.scaling == "delayed"
         self.quantize_input: nn.Module = PassThrough()
         self.quantize_gradient: nn.Module = PassThrough()
-        if not exact:
+        if recipe.emulate == "fp8":
             self.quantize_input = Quantize(E4M3, recipe.activations, recipe.scale_rounding, delayed)
             self.quantize_gradient = Quantize(
                 E5M2, recipe.gradients, recipe.scale_rounding, delayed

@@ -261,7 +261,7 @@ def _open_trained(
         name=name,
         kind="checkpoint",
         file=str(trained.file),
-        weights="melded FP8" if trained.settings["recipe"]["emulate"] == "fp8" else "melded FP32",
+        weights="melded FP32" if trained.settings["recipe"]["emulate"] == "none" else "melded FP8",
         base=untuned[0],
         base_revision=untuned[1],
         prompt=origin.get("prompt"),

@@ -49,8 +49,10 @@ class Fp8Recipe:
             is exact in bf16 and lets servers fuse layers without touching a code; `none` is the
             paper's.
         scale_rounding: the same for the scales of activations and gradients.
-        emulate: `fp8`, or `none` to compute without any FP8 rounding (weights are then kept in
-            float32): the same adapters in high precision, to compare with.
+        emulate: `fp8`; `weights` to round weights alone, so that inputs and gradients keep their 16
+            bits, for devices without FP8 units, which decode the codes anyway; or `none` to compute
+            without any FP8 rounding (weights are then kept in float32): the same adapters in high
+            precision, to compare with.
 
     Raises:
         InputError: for a value that is not one of those above.
@@ -62,7 +64,7 @@ class Fp8Recipe:
     amax_history: int = 16
     weight_scale_rounding: ScaleRounding = "power_of_two"
     scale_rounding: ScaleRounding = "power_of_two"
-    emulate: Literal["fp8", "none"] = "fp8"
+    emulate: Literal["fp8", "weights", "none"] = "fp8"
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -71,11 +73,16 @@ class Fp8Recipe:
         _one_of(name, "scaling", self.scaling, ("dynamic", "delayed"))
         _one_of(name, "weight_scale_rounding", self.weight_scale_rounding, get_args(ScaleRounding))
         _one_of(name, "scale_rounding", self.scale_rounding, get_args(ScaleRounding))
-        _one_of(name, "emulate", self.emulate, ("fp8", "none"))
+        _one_of(name, "emulate", self.emulate, ("fp8", "weights", "none"))
         steps = self.amax_history
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise InputError(
                 f"{name}.amax_history is {steps!r}; it must be a whole number of at least 1."
+            )
+        if self.scaling == "delayed" and self.emulate == "weights":
+            raise InputError(
+                f"{name}.scaling 'delayed' is about scales of activations and gradients, and with "
+                "emulate 'weights' these are not rounded: leave scaling out."
             )
         if self.scaling == "delayed" and (self.activations, self.gradients) != (
             "per_tensor",
@@ -96,9 +103,11 @@ RECIPES: dict[str, Fp8Recipe] = {
         weight_scale_rounding="none",
         scale_rounding="none",
     ),
+    "weights": Fp8Recipe(emulate="weights"),
     "none": Fp8Recipe(emulate="none"),
 }
-"""Named FP8 recipes: `default`, `paper` (arXiv:2510.24061), and `none` (no FP8 rounding)."""
+"""Named FP8 recipes: `default`, `paper` (arXiv:2510.24061), `weights` (inputs and gradients stay in
+16 bits), and `none` (no FP8 rounding)."""
 
 
 def fp8_recipe(recipe: str | Mapping[str, Any] | Fp8Recipe) -> Fp8Recipe:

@@ -346,6 +346,8 @@ def test_norm_and_quantise_is_one_after_the_other(
     wanted, wanted_scale = quantize(norm(x), fmt, "per_token", rounding)
     assert torch.equal(codes, wanted)
     assert torch.equal(scale, wanted_scale)
+    normed, one, _ = rms_norm_quantize(x, norm.weight, 1e-5, None, rounding)
+    assert torch.equal(normed, norm(x)) and one.tolist() == [1.0]
     assert (inverse.dtype, inverse.shape) == (torch.float32, (shape[0], 1))
 
 
@@ -380,6 +382,8 @@ def test_swiglu_and_quantise_is_one_after_the_other(
     wanted, wanted_scale = quantize(product.detach(), E4M3, "per_token", rounding)
     assert torch.equal(codes, wanted)
     assert torch.equal(scale, wanted_scale)
+    values, one = swiglu_quantize(gate, up, None, rounding)
+    assert torch.equal(values, product) and one.tolist() == [1.0]
     grad = random(*shape, seed=3).to(dtype)
     for ours, autograds in zip(
         swiglu_grad(grad, gate.detach(), up.detach()),
@@ -390,8 +394,9 @@ def test_swiglu_and_quantise_is_one_after_the_other(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_group_behind_a_norm(dtype: torch.dtype) -> None:
-    layers = make()
+@pytest.mark.parametrize("recipe", ["default", "weights"])
+def test_group_behind_a_norm(dtype: torch.dtype, recipe: str) -> None:
+    layers = make(RECIPES[recipe])
     norm = LlamaRMSNorm(IN, eps=1e-5).requires_grad_(False).to(dtype)
     norm.weight.data = (1 + 0.1 * random(IN)).to(dtype)
     quantizer = norm_quantizer(layers[0], 1e-5)
@@ -420,7 +425,9 @@ def test_only_one_scale_a_token_is_fused() -> None:
         layer = make_layer(recipe, 0)
         assert norm_quantizer(layer, 1e-5) is None
         assert swiglu_quantizer(layer) is None
-    assert norm_quantizer(make_layer(Fp8Recipe(), 0), 1e-5) is not None
+    for recipe in (RECIPES["default"], RECIPES["weights"]):
+        assert norm_quantizer(make_layer(recipe, 0), 1e-5) is not None
+        assert swiglu_quantizer(make_layer(recipe, 0)) is not None
 
 
 def saved_bytes(call: Callable[[], Any], parameters: list[Tensor]) -> int:

@@ -126,6 +126,29 @@ def test_without_rounding_it_is_lora_fa(bias: bool) -> None:
         assert (result - reference).norm() <= 1e-6 * reference.norm()
 
 
+@pytest.mark.parametrize("native", ["auto", "off"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_alone_are_rounded(
+    dtype: torch.dtype, native: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FALQON_NATIVE", native)
+    layer = make("weights", bias=True)
+    assert layer.codes.dtype == torch.uint8
+    x = random(TOKENS, IN, seed=2).to(dtype).requires_grad_()
+    grad = random(TOKENS, OUT, seed=3).to(dtype)
+    kept = x.detach().clone(), grad.clone()
+    y = layer(x)
+    y.backward(grad)
+    expected, dx, d_proxy = lora_fa(layer, x, grad)
+    assert x.grad is not None
+    # One rounding of 8, 11 or 24 bits and, of O_A, another.
+    bound = {torch.bfloat16: 50, torch.float16: 68, torch.float32: 120}[dtype]
+    for result, reference in ((y, expected), (x.grad, dx), (layer.B.grad, d_proxy)):
+        assert result is not None
+        assert signal_to_noise(result, reference) > bound
+    assert torch.equal(x, kept[0]) and torch.equal(grad, kept[1])  # nothing is scaled in place
+
+
 def test_pending_proxy_takes_no_part_in_forward() -> None:
     layer, x = make(), random(4, IN)
     before = layer(x)
@@ -146,7 +169,7 @@ def test_leading_dimensions_are_rows(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, IN), (2, 0, IN), (0, 0, IN)])
-@pytest.mark.parametrize("recipe", ["default", "paper", "none"])
+@pytest.mark.parametrize("recipe", ["default", "paper", "weights", "none"])
 def test_no_tokens(shape: tuple[int, ...], recipe: str) -> None:
     layer = make(recipe)
     x = torch.zeros(shape, requires_grad=True)
@@ -251,7 +274,7 @@ def test_output_may_be_changed_in_place() -> None:
     assert torch.equal(layer.B.grad, alone.B.grad)
 
 
-@pytest.mark.parametrize("recipe", ["default", "paper", "none"])
+@pytest.mark.parametrize("recipe", ["default", "paper", "weights", "none"])
 def test_gradient_checkpointing_changes_no_gradient(recipe: str) -> None:
     def gradients(use_checkpoint: bool) -> list[Tensor]:
         layers = nn.Sequential(make(recipe), nn.GELU(), nn.Linear(OUT, IN), make(recipe))
@@ -291,7 +314,7 @@ def bits(layer: nn.Module) -> dict[str, list[int]]:
     }
 
 
-@pytest.mark.parametrize("recipe", ["default", "paper", "none"])
+@pytest.mark.parametrize("recipe", ["default", "paper", "weights", "none"])
 def test_golden_parameters(recipe: str) -> None:
     codes = torch.float32 if recipe == "none" else torch.uint8
     layer = make(recipe)
@@ -316,7 +339,7 @@ CASTS: dict[str, tuple[Callable[[nn.Module], nn.Module], torch.dtype]] = {
 
 
 @pytest.mark.parametrize("cast", CASTS)
-@pytest.mark.parametrize("recipe", ["default", "paper", "none"])
+@pytest.mark.parametrize("recipe", ["default", "paper", "weights", "none"])
 def test_casts_leave_all_but_the_bias_alone(cast: str, recipe: str) -> None:
     layer = make(recipe)
     layer.B.data.copy_(random(OUT, RANK))
@@ -385,7 +408,7 @@ def test_representation_tells_the_shape() -> None:
 
 
 @pytest.mark.parametrize("native", ["auto", "off"])
-@pytest.mark.parametrize("recipe", ["default", "paper", "none"])
+@pytest.mark.parametrize("recipe", ["default", "paper", "weights", "none"])
 def test_a_small_pending_change_is_not_rounded_away(
     recipe: str, native: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

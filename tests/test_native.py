@@ -81,6 +81,7 @@ def test_swiglu_for_every_gate() -> None:
     grad = torch.randn(gate.shape).to(BF16)
     silu = functional.silu(gate)
     assert same(ops.swiglu_quantized(gate, up), reference(silu * up, E4M3))
+    assert same(ops.swiglu_quantized(gate, up, rounded=False), silu * up)
     of_gate, of_up = ops.swiglu_grad(grad, gate, up)
     assert same(of_up, grad * silu)
     assert same(of_gate, torch.ops.aten.silu_backward(grad * up, gate))
@@ -93,6 +94,8 @@ def test_rms_norm() -> None:
     codes, scale, inverse = rms_norm_quantize(x, weight, 1e-5, E4M3, "power_of_two")
     expected = decode(codes, E4M3, BF16) * (1.0 / scale).to(BF16)
     assert torch.equal(ops.rms_norm_quantized(x, weight, inverse), expected)
+    normed, _, _ = rms_norm_quantize(x, weight, 1e-5, None, "power_of_two")
+    assert torch.equal(ops.rms_norm_quantized(x, weight, inverse, rounded=False), normed)
     # The mean is summed in another order: a last bit now and then.
     ours, theirs = (f(grad, x, weight, inverse).float() for f in (ops.rms_norm_grad, rms_norm_grad))
     assert (ours != theirs).float().mean() < 1e-3

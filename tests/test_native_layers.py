@@ -111,7 +111,9 @@ def test_masks_in_inference_mode() -> None:
     assert (int(first.first[0, 8]), int(second.first[0, 8])) == (0, 3)
 
 
-def model(live: bool = True, **changes: Any) -> tuple[nn.Module, FalqonPrecision]:
+def model(
+    live: bool = True, recipe: str = "default", **changes: Any
+) -> tuple[nn.Module, FalqonPrecision]:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64,
@@ -124,7 +126,9 @@ def model(live: bool = True, **changes: Any) -> tuple[nn.Module, FalqonPrecision
         **changes,
     )
     made = LlamaForCausalLM(config)
-    plugin = FalqonPrecision(rank=8, lora_alpha=4, update="live" if live else "paper")
+    plugin = FalqonPrecision(
+        rank=8, lora_alpha=4, update="live" if live else "paper", recipe=recipe
+    )
     plugin.convert(made)
     for layer in plugin.layers.values():
         layer.B.data.normal_(std=0.01)
@@ -148,10 +152,11 @@ def gradients(made: nn.Module, plugin: FalqonPrecision, given: dict[str, Tensor]
 
 @pytest.mark.parametrize("live", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("recipe", ["default", "weights"])
 def test_layers_are_those_of_plain_torch(
-    live: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+    live: bool, bias: bool, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, plugin = model(live, attention_bias=bias, attn_implementation="eager")
+    made, plugin = model(live, recipe, attention_bias=bias, attn_implementation="eager")
     x = torch.randn(2, 33, 64).to(BF16)
     results = []
     for native in ("off", "auto"):

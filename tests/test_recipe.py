@@ -30,7 +30,11 @@ from falqon.recipe import (
         ({"scaling": "static"}, ["scaling", "static", "dynamic", "delayed"]),
         ({"weight_scale_rounding": "up"}, ["weight_scale_rounding", "up", "power_of_two", "none"]),
         ({"scale_rounding": "up"}, ["scale_rounding", "up", "power_of_two"]),
-        ({"emulate": "bf16"}, ["emulate", "bf16", "fp8", "none"]),
+        ({"emulate": "bf16"}, ["emulate", "bf16", "fp8", "weights", "none"]),
+        (
+            {"emulate": "weights", "scaling": "delayed", "activations": "per_tensor"},
+            ["delayed", "emulate 'weights'", "leave scaling out"],
+        ),
         ({"amax_history": 0}, ["amax_history", "0", "at least 1"]),
         ({"amax_history": 2.5}, ["amax_history", "2.5", "whole number"]),
         ({"amax_history": True}, ["amax_history", "True"]),

@@ -63,7 +63,7 @@ def count_flops(module: nn.Module) -> Flops:
             continue
         if layer is head:
             supervised += products + thin
-        elif isinstance(layer, MeldedLinear) and layer.codes.dtype == torch.uint8:
+        elif isinstance(layer, MeldedLinear) and layer.recipe.emulate == "fp8":
             fp8, other = fp8 + products, other + thin
         else:
             other += products + thin

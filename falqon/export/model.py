@@ -122,7 +122,8 @@ def write_model(
         generation = directory / "generation_config.json"
         _generation(name, revision, outline, tokenizer).to_json_file(generation)
         if format == "compressed-tensors":
-            outline.config.quantization_config = quantization_config(tensors.ignore)
+            rounded = trained.settings["recipe"]["emulate"] == "fp8"
+            outline.config.quantization_config = quantization_config(tensors.ignore, rounded)
         outline.config.falqon = _origin(trained, shown, is_hub)
         outline.config.save_pretrained(directory)
         report = _report(trained, shown, tensors, hash_files(directory, weights))

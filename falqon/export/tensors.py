@@ -150,13 +150,15 @@ def _not_finite(file: Path, name: str) -> CheckpointError:
     )
 
 
-def quantization_config(ignore: list[str]) -> dict[str, Any]:
+def quantization_config(ignore: list[str], inputs: bool = True) -> dict[str, Any]:
     """The entry `quantization_config` of config.json that says how the codes are to be read.
 
     Args:
         ignore: Full names of the linear layers that are not in FP8.
+        inputs: Inputs are to be rounded to FP8, as they were in training.
     """
     fp8 = {"num_bits": 8, "type": "float", "symmetric": True}
+    rounded = {**fp8, "strategy": "token", "dynamic": True} if inputs else None
     return {
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
@@ -168,7 +170,7 @@ def quantization_config(ignore: list[str]) -> dict[str, Any]:
             "group_0": {
                 "targets": ["Linear"],
                 "weights": {**fp8, "strategy": "channel", "dynamic": False},
-                "input_activations": {**fp8, "strategy": "token", "dynamic": True},
+                "input_activations": rounded,
                 "output_activations": None,
             }
         },

@@ -55,7 +55,7 @@ def backbone_matmul(
 
     Args:
         grad: E5M2 codes of `joined_gradients`, uint8 [T, sum of out_i] (or values, in a recipe
-            without FP8 rounding).
+            that does not round them; scale 1).
         grad_scale: float32 [1] or [T, 1].
         codes: merged weights of the group, uint8 [out_i + r, in] (or float32).
         scale: s_0, float32 [1].
@@ -73,7 +73,8 @@ def backbone_matmul(
     left, right = operand(grad, E5M2, compute), operand(backbone, E4M3, compute)
     unit = grad_scale * scale
     if backbone.dtype == torch.uint8 and power_of_two:
-        left = left.mul_((1.0 / unit).to(compute))
+        inverse = (1.0 / unit).to(compute)
+        left = left.mul_(inverse) if grad.dtype == torch.uint8 else left * inverse
     if backbone.dtype != torch.uint8 or power_of_two:
         product = left @ right if onto is None else onto.to(compute).addmm_(left, right)
         return product.to(dtype)

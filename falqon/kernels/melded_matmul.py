@@ -35,7 +35,7 @@ def melded_matmul(
     it has alone, to the last bit, wherever the GEMM adds up in the same order.
 
     Args:
-        x: E4M3 codes uint8 [T, in] (or values, in a recipe without FP8 rounding).
+        x: E4M3 codes uint8 [T, in] (or values, in a recipe that does not round them; scale 1).
         x_scale: float32 [1] or [T, 1].
         codes: merged weights M_i, uint8 [out_i + r, in] (or float32): backbone rows, then rows of
             A. No copy is made of them where they lie one behind the other in memory.
@@ -114,7 +114,7 @@ def _input(
 ) -> Tensor:
     """Values of `x`, with their scale where that is exact."""
     left = operand(x, E4M3, compute_dtype(dtype))
-    if codes[0].dtype == torch.uint8 and power_of_two:
+    if x.dtype == torch.uint8 and codes[0].dtype == torch.uint8 and power_of_two:
         left = left.mul_((1.0 / x_scale).to(left.dtype))
     return left
 

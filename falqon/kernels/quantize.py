@@ -153,8 +153,12 @@ class Quantize(nn.Module):
 
 
 class PassThrough(nn.Module):
-    """Stands in for `Quantize` in a recipe without FP8 rounding: the tensor itself and scale 1."""
+    """Stands in for `Quantize` in a recipe that does not round: the tensor itself and scale 1."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return `x` [T, n] and a float32 scale [1] of one."""
         return x, torch.ones(1, dtype=torch.float32, device=x.device)
+
+    def values(self, x: Tensor) -> tuple[Tensor]:
+        """The tensor itself."""
+        return (x,)

@@ -13,7 +13,7 @@ from falqon.recipe import ScaleRounding
 
 
 def rms_norm_quantize(
-    x: Tensor, weight: Tensor, eps: float, fmt: Format, rounding: ScaleRounding
+    x: Tensor, weight: Tensor, eps: float, fmt: Format | None, rounding: ScaleRounding
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Q(w * (x / rms(x)))` with `rms(x) = sqrt(mean(x^2) + eps)` and one scale a token.
 
@@ -24,15 +24,18 @@ def rms_norm_quantize(
         x: [T, n], floating.
         weight: w, [n], same dtype.
         eps: added to the mean square.
-        fmt: target format.
+        fmt: target format; None not to quantise.
         rounding: of the scales.
 
     Returns:
-        codes uint8 [T, n]; scale float32 [T, 1]; 1 / rms(x) float32 [T, 1], for the gradient.
+        codes uint8 [T, n] and scale float32 [T, 1], or values [T, n] and a scale [1] of one;
+        1 / rms(x) float32 [T, 1], for the gradient.
     """
     wide = x.to(torch.float32)
     inverse_rms = _inverse_rms(wide, eps)
     normed = weight * (wide * inverse_rms).to(x.dtype)
+    if fmt is None:
+        return normed, wide.new_ones(1), inverse_rms
     codes, scale = quantize(normed, fmt, "per_token", rounding)
     return codes, scale, inverse_rms
 
@@ -95,18 +98,19 @@ class RmsNormQuantize(nn.Module):
 
     Args:
         eps: added to the mean square.
-        fmt: target format.
+        fmt: target format; None not to quantise.
         scale_rounding: of the scales, one a token.
     """
 
-    def __init__(self, eps: float, fmt: Format, scale_rounding: ScaleRounding) -> None:
+    def __init__(self, eps: float, fmt: Format | None, scale_rounding: ScaleRounding) -> None:
         super().__init__()
         self.eps, self.fmt = eps, fmt
         self.scale_rounding: ScaleRounding = scale_rounding
 
     def forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `rms_norm_quantize`."""
-        if devices.uses_kernels(x) and x.shape[1] <= devices.LONGEST_NORMED_ROW:
+        fits = x.shape[1] <= devices.LONGEST_NORMED_ROW
+        if self.fmt is not None and fits and devices.uses_kernels(x):
             done = rms_norm_quantize_gpu(x, weight, self.eps, self.fmt.name, self.scale_rounding)
             return done[0], done[1], done[2]
         return rms_norm_quantize(x, weight, self.eps, self.fmt, self.scale_rounding)
@@ -114,7 +118,7 @@ class RmsNormQuantize(nn.Module):
     def values(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Values of the codes, by the compiled CPU path; and 1 / rms(x)."""
         inverse_rms = _inverse_rms(x.to(torch.float32), self.eps)
-        return ops.rms_norm_quantized(x, weight, inverse_rms), inverse_rms
+        return ops.rms_norm_quantized(x, weight, inverse_rms, self.fmt is not None), inverse_rms
 
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor
@@ -128,4 +132,5 @@ class RmsNormQuantize(nn.Module):
 
     def extra_repr(self) -> str:
         """What `repr` shows in the brackets."""
-        return f"{self.fmt.name}, eps={self.eps}, scale_rounding={self.scale_rounding}"
+        name = self.fmt.name if self.fmt else "not quantised"
+        return f"{name}, eps={self.eps}, scale_rounding={self.scale_rounding}"

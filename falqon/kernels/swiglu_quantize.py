@@ -14,7 +14,7 @@ from falqon.recipe import ScaleRounding
 
 
 def swiglu_quantize(
-    gate: Tensor, up: Tensor, fmt: Format, rounding: ScaleRounding
+    gate: Tensor, up: Tensor, fmt: Format | None, rounding: ScaleRounding
 ) -> tuple[Tensor, Tensor]:
     """`Q(silu(gate) * up)` with one scale a token.
 
@@ -23,13 +23,16 @@ def swiglu_quantize(
 
     Args:
         gate, up: [T, n], of one floating dtype.
-        fmt: target format.
+        fmt: target format; None not to quantise.
         rounding: of the scales.
 
     Returns:
-        codes uint8 [T, n]; scale float32 [T, 1].
+        codes uint8 [T, n] and scale float32 [T, 1], or values [T, n] and a scale [1] of one.
     """
-    return quantize(functional.silu(gate) * up, fmt, "per_token", rounding)
+    product = functional.silu(gate) * up
+    if fmt is None:
+        return product, torch.ones(1, dtype=torch.float32, device=gate.device)
+    return quantize(product, fmt, "per_token", rounding)
 
 
 def swiglu_grad(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,25 +80,25 @@ class SwigluQuantize(nn.Module):
     """`swiglu_quantize` and `swiglu_grad` as a module: forward and backward of one operation.
 
     Args:
-        fmt: target format.
+        fmt: target format; None not to quantise.
         scale_rounding: of the scales, one a token.
     """
 
-    def __init__(self, fmt: Format, scale_rounding: ScaleRounding) -> None:
+    def __init__(self, fmt: Format | None, scale_rounding: ScaleRounding) -> None:
         super().__init__()
         self.fmt = fmt
         self.scale_rounding: ScaleRounding = scale_rounding
 
     def forward(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """See `swiglu_quantize`."""
-        if devices.uses_kernels(gate):
+        if self.fmt is not None and devices.uses_kernels(gate):
             done = swiglu_quantize_gpu(gate, up, self.fmt.name, self.scale_rounding)
             return done[0], done[1]
         return swiglu_quantize(gate, up, self.fmt, self.scale_rounding)
 
     def values(self, gate: Tensor, up: Tensor) -> tuple[Tensor]:
         """Values of the codes, by the compiled CPU path."""
-        return (ops.swiglu_quantized(gate, up),)
+        return (ops.swiglu_quantized(gate, up, self.fmt is not None),)
 
     def backward(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of gate and up; see `swiglu_grad`."""
@@ -108,4 +111,5 @@ class SwigluQuantize(nn.Module):
 
     def extra_repr(self) -> str:
         """What `repr` shows in the brackets."""
-        return f"{self.fmt.name}, scale_rounding={self.scale_rounding}"
+        name = self.fmt.name if self.fmt else "not quantised"
+        return f"{name}, scale_rounding={self.scale_rounding}"

@@ -45,7 +45,7 @@ def settings_of(fp8: Fp8Recipe, melding: MeldRecipe, dtype: str) -> dict[str, An
     return {name: plain[name] for name in names} | {
         "dtype": dtype,
         "recipe.weight_scale_rounding": fp8.weight_scale_rounding,
-        "recipe.emulate": fp8.emulate,
+        "recipe.emulate": "none" if fp8.emulate == "none" else "fp8",  # how weights are stored
     }
 
 

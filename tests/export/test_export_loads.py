@@ -183,6 +183,18 @@ def test_a_melded_output_embedding_is_exported_as_values(
     assert torch.equal(logits(load(tmp_path / "out"), tokens), logits(plain, tokens))
 
 
+def test_weights_alone_are_exported_without_rounded_inputs(
+    train: Callable[..., Case], tokens: Tensor, tmp_path: Path
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    case = train("llama", recipe="weights")
+    export_model(case.file, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    assert group["input_activations"] is None and group["weights"]["num_bits"] == 8
+    assert torch.equal(logits(load(tmp_path / "out"), tokens), logits(case.plain(), tokens))
+
+
 def test_without_fp8_only_values_can_be_exported(
     train: Callable[..., Case], tokens: Tensor, tmp_path: Path
 ) -> None:

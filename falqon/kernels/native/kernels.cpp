@@ -152,9 +152,9 @@ void falqon_quantize(i64 parts, const bf16* const* x, const i64* widths, const i
     }
 }
 
-// x / rms(x), rounded, times w, rounded, quantised.
+// x / rms(x), rounded, times w, rounded, and quantised if it is to be.
 void falqon_rms_norm(const bf16* x, const bf16* weight, const float* inverse_rms, i64 rows, i64 n,
-                     bf16* out) {
+                     i64 quantised, bf16* out) {
 #pragma omp parallel for schedule(static)
     for (i64 t = 0; t < rows; t++) {
         const bf16* from = x + t * n;
@@ -163,7 +163,7 @@ void falqon_rms_norm(const bf16* x, const bf16* weight, const float* inverse_rms
 #pragma omp simd
         for (i64 i = 0; i < n; i++)
             to[i] = narrow(widen(weight[i]) * widen(narrow(widen(from[i]) * inverse)));
-        quantize_row(to, n, E4M3);
+        if (quantised) quantize_row(to, n, E4M3);
     }
 }
 
@@ -184,8 +184,8 @@ void falqon_rms_norm_grad(const bf16* grad, const bf16* x, const bf16* weight,
     }
 }
 
-// silu(gate), rounded, times up, rounded, quantised.
-void falqon_swiglu(const bf16* gate, const bf16* up, i64 rows, i64 n, bf16* out) {
+// silu(gate), rounded, times up, rounded, and quantised if it is to be.
+void falqon_swiglu(const bf16* gate, const bf16* up, i64 rows, i64 n, i64 quantised, bf16* out) {
 #pragma omp parallel for schedule(static)
     for (i64 t = 0; t < rows; t++) {
         const bf16 *g = gate + t * n, *u = up + t * n;
@@ -195,7 +195,7 @@ void falqon_swiglu(const bf16* gate, const bf16* up, i64 rows, i64 n, bf16* out)
             float x = widen(g[i]);
             to[i] = narrow(widen(narrow(x / (1.0f + exponential(-x)))) * widen(u[i]));
         }
-        quantize_row(to, n, E4M3);
+        if (quantised) quantize_row(to, n, E4M3);
     }
 }
 

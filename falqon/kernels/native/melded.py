@@ -2,7 +2,8 @@
 
 The same numbers as the reference path's, to the last bit: codes are never written, only the values
 that they would be decoded to, and scales that are powers of two are exact wherever they are
-applied. For recipes with one dynamic, power-of-two scale a token; see `takes`.
+applied. For recipes with one dynamic, power-of-two scale a token, or that round weights alone; see
+`takes`.
 
 Shapes: T tokens, `in`/`out` features, r adapter rank; layers of a group have one input.
 """
@@ -22,11 +23,11 @@ from falqon.recipe import Fp8Recipe
 
 def takes(recipe: Fp8Recipe, codes: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
     """Whether this path computes layers of a recipe with these codes and inputs."""
+    by_token = recipe.activations == recipe.gradients == "per_token"
+    rounded = by_token and recipe.scaling == "dynamic" and recipe.scale_rounding == "power_of_two"
     return (
-        recipe.emulate == "fp8"
-        and recipe.scaling == "dynamic"
-        and recipe.activations == recipe.gradients == "per_token"
-        and recipe.scale_rounding == recipe.weight_scale_rounding == "power_of_two"
+        (recipe.emulate == "weights" or (recipe.emulate == "fp8" and rounded))
+        and recipe.weight_scale_rounding == "power_of_two"
         and all(type(c) is torch.nn.Parameter and c.is_contiguous() for c in codes)
         and ops.usable(*inputs)
     )
@@ -75,7 +76,7 @@ def forward(
     """O_i and O_A_i; see `falqon.kernels.melded_matmul.MeldedMatmul`.
 
     Args:
-        x: FP8 values [T, in].
+        x: FP8 values [T, in], or what the recipe does not round.
         weights: of the group.
         biases: [out_i] or None each.
         outs: out_i.
@@ -99,7 +100,11 @@ def forward(
 
 
 def backward(
-    grads: Sequence[Tensor], weights: Weights, scales: Sequence[Tensor], proxies: Sequence[Tensor]
+    grads: Sequence[Tensor],
+    weights: Weights,
+    scales: Sequence[Tensor],
+    proxies: Sequence[Tensor],
+    rounded: bool = True,
 ) -> Tensor:
     """dL/dx [T, in]: `backbone_matmul` of the quantised gradients, plus the pending change's part.
 
@@ -108,10 +113,14 @@ def backward(
         weights: of the group.
         scales: weight scales, float32 [1] each: gradients are quantised in units of the first's.
         proxies: B_i, times the LoRA scaling, float32 [out_i, r]; none if nothing pending acts.
+        rounded: gradients are quantised.
     """
     first = float(scales[0])
     factors = [1.0] if len(scales) == 1 else [first / float(scale) for scale in scales]
-    left = ops.quantized(grads, factors, e5m2=True)
+    if rounded:
+        left = ops.quantized(grads, factors, e5m2=True)
+    else:
+        left = grads[0] if len(grads) == 1 else torch.cat(list(grads), dim=1)
     if not proxies:
         return left @ weights.backbone
     thin = [grad @ proxy.to(grad.dtype) for grad, proxy in zip(grads, proxies, strict=True)]

@@ -118,20 +118,23 @@ def quantized(parts: Sequence[Tensor], factors: Sequence[float], e5m2: bool = Fa
     return out
 
 
-def rms_norm_quantized(x: Tensor, weight: Tensor, inverse_rms: Tensor) -> Tensor:
+def rms_norm_quantized(
+    x: Tensor, weight: Tensor, inverse_rms: Tensor, rounded: bool = True
+) -> Tensor:
     """`DQ(Q(w * (x * inverse_rms)))` in E4M3, with one scale a row.
 
     Args:
         x: [T, n].
         weight: w, [n].
         inverse_rms: float32 [T, 1].
+        rounded: to E4M3; otherwise only to bfloat16.
 
     Returns:
         [T, n].
     """
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
-    sizes = (_INT(x.shape[0]), _INT(x.shape[1]))
+    sizes = (_INT(x.shape[0]), _INT(x.shape[1]), _INT(rounded))
     _call("rms_norm", _at(x), _at(weight), _at(inverse_rms), *sizes, _at(out))
     return out
 
@@ -145,11 +148,15 @@ def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) 
     return out
 
 
-def swiglu_quantized(gate: Tensor, up: Tensor) -> Tensor:
-    """`DQ(Q(silu(gate) * up))` in E4M3, with one scale a row; [T, n] each."""
+def swiglu_quantized(gate: Tensor, up: Tensor, rounded: bool = True) -> Tensor:
+    """`DQ(Q(silu(gate) * up))` in E4M3, with one scale a row; [T, n] each.
+
+    Not `rounded`, `silu(gate) * up` in bfloat16.
+    """
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
-    _call("swiglu", _at(gate), _at(up), _INT(gate.shape[0]), _INT(gate.shape[1]), _at(out))
+    sizes = (_INT(gate.shape[0]), _INT(gate.shape[1]), _INT(rounded))
+    _call("swiglu", _at(gate), _at(up), *sizes, _at(out))
     return out
 
 
