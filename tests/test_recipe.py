@@ -123,7 +123,7 @@ def test_whole_float_of_rows_becomes_a_number() -> None:
 
 
 def test_named_fp8_recipes() -> None:
-    assert set(RECIPES) == {"default", "paper", "none"}
+    assert set(RECIPES) == {"default", "paper", "weights", "none"}
     assert fp8_recipe("default") == Fp8Recipe()
     paper = fp8_recipe("paper")
     assert (paper.activations, paper.gradients, paper.scaling) == ("per_tensor",) * 2 + ("dynamic",)
