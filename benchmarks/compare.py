@@ -45,15 +45,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 _DATA = {"alpaca": "datamodules.AlpacaDataModule", "oasst1": "datamodules.OASST1DataModule"}
 
 
-def find_overlays(names: str) -> dict[str, Path]:
+def find_overlays(names: str, packing: bool = False) -> dict[str, Path]:
     """The overlays that a list of names and paths means.
 
     Args:
         names: Names of files in `configs/methods` without `.yaml`, paths of overlays, or `all`;
             commas between them. A name may be followed by one of `VARIANTS`, after a colon.
+        packing: The others have packed batches.
 
     Raises:
-        InputError: for one that does not exist, or a name given twice.
+        InputError: for one that does not exist, a name given twice, or a variant that is none.
     """
     known = {path.stem: path for path in sorted(OVERLAYS.glob("*.yaml"))}
     if names == "all":
@@ -71,6 +72,8 @@ def find_overlays(names: str) -> dict[str, Path]:
                 f"--methods: there is no method {name!r}; choose from {', '.join(known)}, or give "
                 "the path of an overlay."
             )
+        if variant == "padded" and not packing:
+            raise InputError(f"--methods: without --packing {name} runs on padded batches anyway.")
         title = f"{path.stem}:{variant}" if variant else path.stem
         if title in found:
             raise InputError(f"--methods names {title} twice.")
@@ -119,7 +122,7 @@ def base_config(args: argparse.Namespace, root: Path, number: int) -> dict[str, 
             "check_val_every_n_epoch": None,
             "num_sanity_val_steps": -1 if full else 0,
             "limit_val_batches": 1.0 if full else 0,
-            "log_every_n_steps": 1,
+            "log_every_n_steps": 10,
             "gradient_clip_val": args.clip,
             "enable_progress_bar": False,
             "enable_model_summary": False,
@@ -220,7 +223,7 @@ def reason_to_refuse(result: dict[str, Any]) -> str | None:
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Run everything; returns the record that `compare.json` holds."""
-    overlays = find_overlays(args.methods)
+    overlays = find_overlays(args.methods, args.packing)
     if args.steps <= args.warmup:
         raise InputError(
             f"--steps {args.steps} leaves nothing to time after --warmup {args.warmup}: give more."

@@ -115,7 +115,7 @@ class Probe(Callback):
         self._end = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end = None  # what passes until the next step is not its loader's
+        self._end = None  # what passes until the next step is not only loading and logging
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loss = trainer.callback_metrics.get("val/loss")

@@ -57,12 +57,17 @@ def timed(rounds: list[dict[str, Any]], warmup: int) -> dict[tuple[int, int], di
 def speed_to(ours: dict[Any, dict[str, float]], other: dict[Any, dict[str, float]]) -> float:
     """How many times faster: the median over steps on the same batch in the same round.
 
-    Where the batches are others (packed and padded ones), by tokens/s over all steps.
+    Where the batches are others (packed and padded ones), what counts is tokens/s in that step.
     """
     both = [(ours[key], other[key]) for key in ours.keys() & other.keys()]
-    if any(a["tokens"] != b["tokens"] or a["positions"] != b["positions"] for a, b in both):
-        return rate(ours) / rate(other)
-    return statistics.median(b["seconds"] / a["seconds"] for a, b in both)
+    return statistics.median(
+        (b["seconds"] / a["seconds"]) * (a["tokens"] / b["tokens"]) for a, b in both
+    )
+
+
+def base_of(name: str, steps: dict[str, Any]) -> Any:
+    """The steps of a method that others are compared with, or else of a variant of it."""
+    return next((s for n, s in steps.items() if n.partition(":")[0] == name), None)
 
 
 def rate(steps: dict[Any, dict[str, float]], between: float = 0.0) -> float:
@@ -94,6 +99,7 @@ def rows(rounds: Rounds, args: argparse.Namespace) -> list[Row]:
     steps = {name: timed(results, args.warmup) for name, results in rounds.items()}
     ends = [curve(results[0])[-1][1] for results in rounds.values()]
     equal = min(ends, default=0.0)
+    lora, qlora = (steps.get(n) or base_of(n, steps) for n in ("lora", "qlora"))
     found = []
     for name, results in rounds.items():
         full, own = results[0], steps[name]
@@ -102,7 +108,7 @@ def rows(rounds: Rounds, args: argparse.Namespace) -> list[Row]:
         positions = sum(entry["positions"] for entry in own.values())
         points = curve(full)
         waits = [entry["between"] for entry in own.values() if entry.get("between") is not None]
-        between = statistics.median(waits) if waits else 0.0
+        between = statistics.fmean(waits) if waits else 0.0
         row = {
             "method": name,
             "step_s": statistics.median(seconds),
@@ -111,8 +117,8 @@ def rows(rounds: Rounds, args: argparse.Namespace) -> list[Row]:
             "tokens_per_s": rate(own),
             "between_s": between,
             "end_to_end_tokens_per_s": rate(own, between),
-            "speed_to_qlora": speed_to(own, steps["qlora"]) if "qlora" in steps else None,
-            "speed_to_lora": speed_to(own, steps["lora"]) if "lora" in steps else None,
+            "speed_to_qlora": None if qlora is None else speed_to(own, qlora),
+            "speed_to_lora": None if lora is None else speed_to(own, lora),
             "peak_rss_bytes": max(result["peak_rss_bytes"] for result in results),
             "device_bytes": full["device_bytes"],
             "trainable_parameters": full["trainable"],

@@ -315,7 +315,9 @@ class ProxyUpdate:
         """What to write (rows None: all), with the sum of changes updated where there is one."""
         held = (change != 0).any(dim=1)  # NaN counts as a change: it must leave B
         total = None
-        on_host = slice(None) if rows is None else rows.cpu()
+        on_host: slice | Tensor = slice(None)
+        if state.original is not None and rows is not None:
+            on_host = rows.cpu()  # waits for the device: the originals are in host memory
         if state.original is not None and state.applied is not None:
             # What would overflow in B A is not written, and must not stay in the sum for good.
             usable = (change.abs().sum(dim=1, keepdim=True) < LARGEST).expand_as(change)

@@ -10,6 +10,7 @@ from typing import Any
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -18,6 +19,7 @@ from typing_extensions import override
 
 from falqon.callbacks import MetricsCSV, WandbSettings, archive_previous_run, make_wandb_logger
 from falqon.callbacks.predictions import PredictionFile
+from falqon.callbacks.progress_bar import ProgressBar
 from falqon.callbacks.proxy_monitor import ProxyMonitor
 from falqon.callbacks.rank_checksum import RankChecksum
 from falqon.callbacks.report import RunReport
@@ -140,7 +142,12 @@ class FalqonCLI(LightningCLI):
                 csv.resume_at(step)
             wandb = make_wandb_logger(self._get(self.config_init, "wandb"), root, step is not None)
             loggers = [csv, *loggers, *([wandb] if wandb is not None else [])]
-        return super().instantiate_trainer(plugins=plugins, logger=loggers or False, **kwargs)
+        callbacks = _as_list(config["callbacks"])
+        has_bar = any(isinstance(c, LightningProgressBar) for c in callbacks)
+        if config["enable_progress_bar"] is not False and not has_bar:
+            callbacks.append(ProgressBar())
+        kwargs |= {"plugins": plugins, "logger": loggers or False, "callbacks": callbacks}
+        return super().instantiate_trainer(**kwargs)
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:

@@ -64,8 +64,8 @@ class LitCausalLM(LightningModule):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         activation_gib: GiB that the decoder layers may keep for the backward pass; so many of them
             as do not fit are recomputed (`lit_modules.layers.ActivationBudget`).
-        compile_layers: `torch.compile` each decoder layer for training. For GPUs and for other
-            methods: on a CPU FALQON's layers are slower for it.
+        compile_layers: `torch.compile` each decoder layer for training. On a CPU it helps other
+            methods, and slows FALQON down; it was not tried on a GPU.
         attn_implementation: Attention of transformers: `sdpa`, `eager`, `flash_attention_2` ...
         compare_with_base: Measure the validation loss of the untuned model before it is melded. It
             is then on the device in its own precision for a moment.
@@ -202,7 +202,8 @@ class LitCausalLM(LightningModule):
                 method_state.check_prepared(self.method, model)
                 self.strict_loading = False  # a checkpoint holds what is trained
         compiled = self.compile_layers and self.trainer.state.fn == "fit"
-        arrange(model, self.gradient_checkpointing, self.activation_gib, compiled)
+        how = (self.gradient_checkpointing, self.activation_gib, compiled)
+        self.method.compiled = arrange(model, *how)
         if sharding:
             self._shard(model, plugin)
         if isinstance(plugin, FalqonPrecision) and self.exact_sums:
@@ -325,22 +326,19 @@ class LitCausalLM(LightningModule):
         elif gradient_clip_val:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         learning_rate = optimizer.param_groups[0]["lr"]
-        self.log("train/loss", mean, prog_bar=True)
+        self.log("train/loss", mean)
         self.log("grad_norm", norm)
-        self.log("lr", learning_rate)
+        self.log("lr", torch.full_like(norm, learning_rate))  # made there: nothing is sent
 
     def on_train_end(self) -> None:
-        """Look at the last step, too.
-
-        Raises:
-            InputError: if its gradient was not finite.
-        """
+        """Refuse a training whose last step has diverged."""
         self._guard.check()
 
     # -- validation and test ------------------------------------------------------------------
 
     def on_validation_start(self) -> None:
-        """Outside of training, evaluate what would be served: see `_flush`."""
+        """Refuse a training that has diverged; outside of training, see `_flush`."""
+        self._guard.check()
         self._flush()
 
     def on_test_start(self) -> None:
@@ -360,8 +358,10 @@ class LitCausalLM(LightningModule):
         """Write what is pending in the proxy buffers: the weights are then what is served.
 
         Raises:
-            InputError: for a compensated flush without training examples to look at.
+            InputError: for a compensated flush without training examples to look at, and if the
+                training has diverged.
         """
+        self._guard.check()
         plugin = self.trainer.precision_plugin
         if isinstance(plugin, FalqonPrecision):
             assert self.model is not None

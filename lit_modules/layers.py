@@ -19,8 +19,11 @@ from falqon.kernels.native.build import compiler
 
 def arrange(
     model: PreTrainedModel, recomputed: bool, activation_gib: float | None, compiled: bool
-) -> None:
+) -> bool:
     """Set up how a model's decoder layers run: see the arguments of `LitCausalLM`.
+
+    Returns:
+        Whether they are compiled.
 
     Raises:
         InputError: if the model has no layers for which that could be done.
@@ -29,8 +32,7 @@ def arrange(
         recompute(model)
     if activation_gib is not None:
         ActivationBudget(model, int(activation_gib * 2**30))
-    if compiled:
-        compile_layers(model)
+    return compiled and compile_layers(model)
 
 
 def layers_of(model: nn.Module) -> list[GradientCheckpointingLayer]:
@@ -50,8 +52,8 @@ def layers_of(model: nn.Module) -> list[GradientCheckpointingLayer]:
 
 def recompute(model: PreTrainedModel) -> None:
     """Let every decoder layer keep nothing but its input, and run again in the backward pass."""
-    name = "activation_checkpointing_enable"  # not in all versions of transformers
-    enable = getattr(model, name, model.gradient_checkpointing_enable)
+    new = hasattr(model, "activation_checkpointing_enable")  # not in all versions of transformers
+    enable = model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
@@ -63,18 +65,26 @@ class ActivationBudget:
     run again in the backward pass, when the last ones have given theirs back. So of n layers of b
     bytes with inputs of i bytes, `max(1, min(n, (budget - n i) // b))` keep theirs. What is kept
     at a time is at most the budget, or two layers and the inputs if it is smaller than that. The
-    numbers of a training do not depend on it.
+    numbers of a training do not depend on it. What a library keeps without autograd's knowledge is
+    not counted (bitsandbytes' LLM.int8 does).
 
     Args:
         model: Its decoder layers are changed: hooks, and the flag that transformers looks at.
         budget: Bytes that decoder layers may keep, their inputs included.
 
     Raises:
-        InputError: if the model has no such layers.
+        InputError: if the model has no such layers, or if they are not all alike: the first one
+            would not speak for the others.
     """
 
     def __init__(self, model: PreTrainedModel, budget: int) -> None:
         self.layers = layers_of(model)
+        kinds = {tuple((n, p.shape) for n, p in m.named_parameters()) for m in self.layers}
+        if len(kinds) > 1:
+            raise InputError(
+                f"the layers of {type(model).__name__} are not all alike, so that activation_gib "
+                "cannot count one for all: use gradient_checkpointing instead."
+            )
         self.budget = budget
         self.kept = len(self.layers)
         """How many layers kept theirs in the last step."""
@@ -116,6 +126,8 @@ class _Count:
         return self.hooks is not None
 
     def start(self, layer: nn.Module) -> None:
+        if self.running:  # the layer was interrupted, from the keyboard perhaps
+            self.stop()
         tensors = [*layer.parameters(), *layer.buffers()]
         self._own = {t.untyped_storage().data_ptr() for t in tensors}
         self.hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)

@@ -69,7 +69,7 @@ def calibrate(model: nn.Module, plugin: FalqonPrecision, trainer: Trainer) -> No
     """
     check_calibration(plugin, trainer)
     rows = trainer.datamodule.calibration_rows  # type: ignore[attr-defined]
-    device = trainer.strategy.root_device
+    device = next(model.parameters()).device  # after `fit` Lightning has it on the CPU
     was_training = model.training
     model.eval()
     try:

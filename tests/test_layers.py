@@ -133,7 +133,7 @@ def test_layers_are_compiled_once_for_all(
     assert list(model.state_dict()) == names
     for found, other in zip(step(model), wanted, strict=True):
         assert torch.equal(found, other)
-    # Two: the first layer's input needs no gradient. (Within `checkpoint` autograd is off.)
+    # The first layer's input needs no gradient, and with a budget it is not run again.
     assert 1 <= counters["stats"]["unique_graphs"] <= 4
     before = counters["stats"]["unique_graphs"]
     step(model)
@@ -153,6 +153,32 @@ def test_without_a_compiler_layers_stay_as_they_are(
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
         assert not compile_layers(model)
     assert [type(layer) for layer in layers_of(model)] == kinds
+
+
+def test_layers_that_differ_have_no_budget(melded: LlamaForCausalLM) -> None:
+    model = deepcopy(melded)
+    model.model.layers[2].mlp.more = nn.Parameter(torch.zeros(1))
+    with pytest.raises(InputError, match="the layers of LlamaForCausalLM are not all alike"):
+        ActivationBudget(model, 2**30)
+
+
+def test_an_interrupted_layer_leaves_no_count_behind(melded: LlamaForCausalLM) -> None:
+    model = deepcopy(melded)
+    budget = ActivationBudget(model, 2**40)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = budget.layers[0].mlp.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        step(model)
+    handle.remove()
+    step(model)
+    assert not budget._count.running and not budget._count._packed
+    packed: list[Tensor] = []
+    budget._count._pack = packed.append  # type: ignore[method-assign, assignment]
+    torch.ones(2, requires_grad=True).exp()
+    assert not packed
 
 
 def test_refusals(tokenizer_dir: str) -> None:

@@ -41,11 +41,11 @@ def total_norm(parameters: Iterable[nn.Parameter], layers: Iterable[MeldedLinear
         where = (group if is_cut(gradient) else None, groups.get(id(parameter)))
         local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         sums.setdefault(where, []).append(local.double().square().sum())
-    total = torch.zeros((), dtype=torch.float64)
+    total: Tensor | None = None
     for where, squares in sums.items():
         part_sum = torch.stack(squares).sum()
         for group in where:
             if group is not None:
                 dist.all_reduce(part_sum, group=group)
-        total = total.to(part_sum.device) + part_sum
-    return total.sqrt().float()
+        total = part_sum if total is None else total + part_sum
+    return torch.zeros(()) if total is None else total.sqrt().float()

@@ -37,13 +37,15 @@ class Method(abc.ABC):
         autocast: Compute in bfloat16 under `torch.autocast`: then trainable parameters may be
             float32, and matmuls are in 16 bits all the same.
         device: Where the model is going to be trained; set before `prepare`.
-        compiles: What `describe` says about `torch.compile`.
+        compiles: What `describe` says about `torch.compile`, unless layers are compiled.
+        compiled: Whether decoder layers are; set after `prepare`.
     """
 
     name: str
     dtype: torch.dtype = torch.bfloat16
     autocast: bool = True
     compiles: str = "no"
+    compiled: bool = False
     device: torch.device = torch.device("cpu")
 
     # -- setting up ---------------------------------------------------------------------------
@@ -171,5 +173,5 @@ class Method(abc.ABC):
             "weights": str(self.dtype).removeprefix("torch."),
             "compute": "bfloat16 autocast" if self.autocast else "dtype of the weights",
             "optimizer": "the configuration's; overlays give fused AdamW",
-            "compile": self.compiles,
+            "compile": "decoder layers" if self.compiled else self.compiles,
         }
