@@ -342,11 +342,11 @@ def test_another_activation_is_not_fused() -> None:
     assert torch.equal(grouped(tokens()).logits, single(tokens()).logits)
 
 
-def test_norm_and_activation_are_fused_with_one_scale_a_token_only() -> None:
+def test_norm_and_activation_are_fused_with_one_scale_a_token_or_none() -> None:
     for recipe in KINDS:
         model, _ = make(recipe=recipe)
         for block in groups_of(model):
-            fused = recipe == "default"
+            fused = recipe in ("default", "weights")
             assert (block.norm_quantize is not None) == fused
             if isinstance(block, GroupedMlp):
                 assert (block.swiglu_quantize is not None) == fused
