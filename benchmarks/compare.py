@@ -222,7 +222,10 @@ def reason_to_refuse(result: dict[str, Any]) -> str | None:
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Run everything; returns the record that `compare.json` holds."""
+    """Run everything; returns the record that `compare.json` holds.
+
+    It is written after every round, with what there is by then.
+    """
     overlays = find_overlays(args.methods, args.packing)
     if args.steps <= args.warmup:
         raise InputError(
@@ -231,6 +234,11 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     args.output.mkdir(parents=True, exist_ok=True)
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in overlays}
     refused: dict[str, str] = {}
+    record: dict[str, Any] = {
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "hardware": examine(),
+        "libraries": compare_report.versions(),
+    }
     for number in range(args.repeats):
         for name, path in overlays.items():
             if name in refused:
@@ -242,14 +250,10 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                 refused[name] = reason
                 print(f"  not reported: {reason}", flush=True)
             rounds[name].append(result)
-    return {
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "hardware": examine(),
-        "libraries": compare_report.versions(),
-        "rows": compare_report.rows({n: r for n, r in rounds.items() if n not in refused}, args),
-        "refused": refused,
-        "rounds": rounds,
-    }
+        reported = {name: found for name, found in rounds.items() if name not in refused}
+        record |= {"rows": compare_report.rows(reported, args), "refused": refused}
+        compare_report.write(record | {"rounds": rounds}, args.output)
+    return record | {"rounds": rounds}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -303,7 +307,6 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"compare: error: {error}", file=sys.stderr)
         return 2
-    compare_report.write(record, args.output)
     print(compare_report.table(record["rows"]))
     if args.paper:
         print("\n" + compare_report.paper_table(record["rows"]))

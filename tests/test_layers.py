@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from falqon import ShardedStrategy
 from falqon.checkpoint import read_checkpoint, training_hash
 from falqon.errors import InputError
 from falqon.precision import FalqonPrecision
@@ -188,6 +190,12 @@ def test_refusals(tokenizer_dir: str) -> None:
         LitCausalLM(tokenizer_dir, activation_gib=1.0, gradient_checkpointing=True)
     with pytest.raises(InputError, match="activation_gib 0 has to be positive"):
         LitCausalLM(tokenizer_dir, activation_gib=0)
+    strategy = ShardedStrategy()
+    for option in ({"activation_gib": 1.0}, {"compile_layers": True}):
+        module = LitCausalLM(tokenizer_dir, **option)  # type: ignore[arg-type]
+        module._trainer = SimpleNamespace(strategy=strategy)  # type: ignore[assignment]
+        with pytest.raises(InputError, match="for one device or ddp"):
+            module.setup("fit")
 
 
 @pytest.mark.parametrize("option", [{"activation_gib": 1e-5}, {"compile_layers": True}])

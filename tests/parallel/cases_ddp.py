@@ -22,6 +22,8 @@ def add(two: Any, tiny_run: Callable) -> dict:
     config["data"]["init_args"] |= {"batch_size": 2, "group_by_length": False}
     config["trainer"]["enable_progress_bar"] = True
     two.add("watched", config, "--trainer.max_steps=3", "--wandb.mode=offline", watch=2)
+    budget = "--model.init_args.activation_gib=0.00001"
+    two.add("budget", config, "--trainer.max_steps=3", budget, watch=2)
     two.add(
         "corrupted",
         config,
@@ -50,6 +52,8 @@ def check(two: Any, exact: dict, cli: Callable, tmp_path: Path) -> None:
         assert sum(sizes[:-1]) <= 4  # sums of loss and tokens
     first, second = two.notes("watched")
     assert first["hashes"] == second["hashes"]
+    for note in two.notes("budget"):  # layers that run again change nothing
+        assert note["hashes"] == first["hashes"]
 
     # One rank with batches twice as large: the same up to the order of sums.
     config = yaml.safe_load(Path(two.root / "watched-2.yaml").read_text())
