@@ -131,6 +131,11 @@ class FalqonPrecision(Precision):
             raise InputError(f"dtype is {dtype!r}; choose bf16 or fp32.")
         self.dtype_name = dtype
         self.dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
+        if keep_transposed and self.fp8.emulate != "fp8":
+            raise InputError(
+                "keep_transposed is for FP8 matmuls, and this recipe has none (emulate "
+                f"{self.fp8.emulate!r}): set it to false."
+            )
         self.keep_transposed = keep_transposed
         self.report: MeldReport | None = None
         self.layers: dict[str, MeldedLinear] = {}
