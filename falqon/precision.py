@@ -133,8 +133,7 @@ class FalqonPrecision(Precision):
         self.dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
         if keep_transposed and self.fp8.emulate != "fp8":
             raise InputError(
-                "keep_transposed is for FP8 matmuls, and this recipe has none (emulate "
-                f"{self.fp8.emulate!r}): set it to false."
+                "keep_transposed is for FP8 matmuls; this recipe has none: leave it out."
             )
         self.keep_transposed = keep_transposed
         self.report: MeldReport | None = None
