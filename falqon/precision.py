@@ -132,9 +132,7 @@ class FalqonPrecision(Precision):
         self.dtype_name = dtype
         self.dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
         if keep_transposed and self.fp8.emulate != "fp8":
-            raise InputError(
-                "keep_transposed is for FP8 matmuls; this recipe has none: leave it out."
-            )
+            raise InputError("keep_transposed is for FP8 matmuls, which this recipe has not.")
         self.keep_transposed = keep_transposed
         self.report: MeldReport | None = None
         self.layers: dict[str, MeldedLinear] = {}
