@@ -35,8 +35,8 @@ from falqon.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 OVERLAYS = ROOT / "configs" / "methods"
-PROFILED = 8
-"""Steps that are profiled: FALQON's default policy writes rows in every eighth."""
+PROFILED, TURN = 3, 8
+"""Steps that are profiled, and of FALQON: its default policy writes rows in every eighth."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "padded": {"data": {"init_args": {"packing": False, "group_by_length": True}}},
     "compiled": {"model": {"init_args": {"compile_layers": True}}},
@@ -83,7 +83,9 @@ def find_overlays(names: str, packing: bool = False) -> dict[str, Path]:
     return found
 
 
-def base_config(args: argparse.Namespace, root: Path, number: int) -> dict[str, Any]:
+def base_config(
+    args: argparse.Namespace, root: Path, number: int, profiled: int = PROFILED
+) -> dict[str, Any]:
     """The configuration that every method's overlay is put on.
 
     Args:
@@ -92,6 +94,7 @@ def base_config(args: argparse.Namespace, root: Path, number: int) -> dict[str, 
         number: Of the round: 0 is the one with all steps and validations, the others are short and
             for times alone. The second one has further steps that are profiled and not timed; if
             there is no second one, warm-up steps of the first are.
+        profiled: How many those of the second round are.
     """
     full = number == 0
     steps = args.steps if full else args.warmup + args.timed_steps
@@ -99,8 +102,8 @@ def base_config(args: argparse.Namespace, root: Path, number: int) -> dict[str, 
     if args.repeats == 1:  # slows nothing that is timed
         probe |= {"profile_from": args.warmup // 2, "profile_steps": args.warmup - args.warmup // 2}
     elif number == 1:
-        probe |= {"profile_from": steps, "profile_steps": PROFILED}
-        steps += PROFILED
+        probe |= {"profile_from": steps, "profile_steps": profiled}
+        steps += profiled
     data = {
         "train_path": args.train,
         "batch_size": args.batch_size,
@@ -166,8 +169,9 @@ def train(args: argparse.Namespace, name: str, path: Path, number: int) -> dict[
     root.mkdir(parents=True)
     overlay = with_rank(yaml.safe_load(path.read_text()), args.rank)
     variant = VARIANTS.get(name.partition(":")[2], {})
-    configs = {"base": base_config(args, root / "run", number), "method": overlay}
-    configs["variant"] = variant
+    profiled = TURN if overlay.get("trainer", {}).get("plugins") else PROFILED
+    base = base_config(args, root / "run", number, profiled)
+    configs = {"base": base, "method": overlay, "variant": variant}
     for title, config in configs.items():
         (root / f"{title}.yaml").write_text(yaml.safe_dump(config))
     job = root / "job.json"

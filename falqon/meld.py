@@ -15,6 +15,9 @@ from falqon.fp8 import E4M3, compute_scale, dequantize, quantize
 from falqon.linear import MeldedLinear
 from falqon.recipe import Adapter, Fp8Recipe, MeldRecipe
 
+EXACT_UP_TO = 1024
+"""Smaller side of a matrix up to which an exact decomposition takes less time than a sketch."""
+
 
 @dataclass(frozen=True)
 class MeldedInfo:
@@ -81,6 +84,8 @@ def truncated_svd(matrix: Tensor, recipe: MeldRecipe, seed: int) -> tuple[Tensor
     The randomised method (Halko, Martinsson, Tropp, arXiv:0909.4061) sketches the row space with
     `rank + oversampling` random columns and sharpens it with power iterations. A quantisation error
     is close to white noise, whose singular values fall slowly, hence more iterations than usual.
+    Where the smaller side has at most `EXACT_UP_TO` entries, the eigenvectors of the Gram matrix of
+    that side are exact and take less time.
 
     Args:
         matrix: float32 [out, in].
@@ -95,6 +100,8 @@ def truncated_svd(matrix: Tensor, recipe: MeldRecipe, seed: int) -> tuple[Tensor
     if recipe.svd == "full" or sketch >= min(matrix.shape):
         _, values, right = torch.linalg.svd(matrix, full_matrices=False)
         return values[:rank], right[:rank]
+    if min(matrix.shape) <= EXACT_UP_TO and (found := _svd_of_gram(matrix, rank)) is not None:
+        return found
     # svd_lowrank takes no generator. torch.manual_seed would reseed every device; this, only one.
     generator = torch.default_generator
     if matrix.is_cuda:
@@ -106,6 +113,21 @@ def truncated_svd(matrix: Tensor, recipe: MeldRecipe, seed: int) -> tuple[Tensor
     finally:
         generator.set_state(state)
     return values[:rank], right.t()[:rank]
+
+
+def _svd_of_gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+    """As `truncated_svd`; None where a value is so small that its square is lost in rounding."""
+    tall = matrix.shape[0] >= matrix.shape[1]
+    exact = matrix.double()  # whatever float32 products are allowed to be rounded to
+    gram = (exact.t() @ exact if tall else exact @ exact.t()).float()
+    squares, vectors = torch.linalg.eigh(gram)
+    squares, vectors = squares.flip(0)[:rank], vectors.flip(1)[:, :rank]
+    if not squares[-1] > 1e-4 * squares[0]:
+        return None
+    values = squares.sqrt()
+    if tall:
+        return values, vectors.t()
+    return values, (vectors.double().t() @ exact).float() / values[:, None]
 
 
 def _svd_adapter(matrix: Tensor, recipe: MeldRecipe, seed: int) -> tuple[Tensor, float]:

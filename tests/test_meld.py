@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -75,10 +76,16 @@ def test_codes_are_the_weight_and_the_adapter_of_its_error(
     assert captured == pytest.approx(float(share), rel=1e-2)  # see the energy test below
 
 
+@pytest.fixture
+def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices of a test's size are sketched, as larger ones are."""
+    monkeypatch.setattr(sys.modules["falqon.meld"], "EXACT_UP_TO", 0)
+
+
 @pytest.mark.parametrize("tails", [random, heavy_tailed])
 @pytest.mark.parametrize("shape", [(576, 1536), (1536, 576), (512, 512)])
 def test_randomised_svd_captures_the_energy_of_the_full_one(
-    tails: Callable[..., Tensor], shape: tuple[int, int]
+    sketched: None, tails: Callable[..., Tensor], shape: tuple[int, int]
 ) -> None:
     weight = tails(*shape)
     codes, scale = quantize(weight, E4M3)
@@ -89,6 +96,34 @@ def test_randomised_svd_captures_the_energy_of_the_full_one(
     assert float(values.square().sum()) == pytest.approx(full, rel=0.01)
     # The vectors hold that energy too, and are orthonormal to float32.
     assert float((error @ right.t()).square().sum()) == pytest.approx(full, rel=0.01)
+    torch.testing.assert_close(right @ right.t(), torch.eye(64), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tails", [random, heavy_tailed])
+@pytest.mark.parametrize("shape", [(110, 240), (240, 110), (120, 120)])
+@pytest.mark.parametrize("rank", [1, 64])
+def test_svd_of_a_small_matrix_is_exact(
+    tails: Callable[..., Tensor], shape: tuple[int, int], rank: int
+) -> None:
+    weight = tails(*shape)
+    values, right = truncated_svd(weight, MeldRecipe(rank=rank), 0)
+    _, expected, directions = torch.linalg.svd(weight.double(), full_matrices=False)
+    assert values.dtype == right.dtype == torch.float32
+    torch.testing.assert_close(values.double(), expected[:rank], rtol=1e-5, atol=0)
+    torch.testing.assert_close(right @ right.t(), torch.eye(rank), rtol=0, atol=1e-5)
+    # The spaces are the same: neighbours with nearly one singular value may be any turn of them.
+    cosines = torch.linalg.svdvals(right.double() @ directions[:rank].t())
+    assert cosines.min() > 1 - 1e-6
+    assert torch.equal(truncated_svd(weight, MeldRecipe(rank=rank), 1)[1], right)  # of any seed
+
+
+def test_svd_of_a_matrix_of_low_rank() -> None:
+    weight = random(300, 40) @ random(40, 200, seed=1)
+    values, right = truncated_svd(weight, MeldRecipe(rank=64), 0)
+    expected = torch.linalg.svdvals(weight.double())
+    torch.testing.assert_close(values[:40].double(), expected[:40], rtol=1e-5, atol=0)
+    # Squares of the rest would be lost in rounding, and come out as 1e-4 of the largest.
+    assert values[40:].max() < 1e-6 * values[0]
     torch.testing.assert_close(right @ right.t(), torch.eye(64), rtol=0, atol=1e-5)
 
 
@@ -140,7 +175,7 @@ def test_without_rounding_the_weight_stays_and_the_adapter_is_the_same() -> None
     assert torch.equal(requantised, codes[48:])
 
 
-def test_same_seed_same_bits_and_no_random_state_touched() -> None:
+def test_same_seed_same_bits_and_no_random_state_touched(sketched: None) -> None:
     weight = random(200, 240)
 
     linear = nn.Linear(240, 200)
@@ -162,7 +197,9 @@ def test_same_seed_same_bits_and_no_random_state_touched() -> None:
     assert not torch.equal(first, codes(0, "b"))  # and on the layer
 
 
-def test_random_state_survives_a_failing_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_state_survives_a_failing_svd(
+    sketched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no convergence")
 

