@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from falqon.errors import InputError
 
@@ -66,13 +66,21 @@ def _add_inspect(subparsers: Subparsers) -> None:
     parser.set_defaults(run=_inspect)
 
 
+def _show(
+    report: dict[str, Any],
+    as_text: Callable[[dict[str, Any]], str],
+    arguments: argparse.Namespace,
+) -> int:
+    text = json.dumps(report, indent=2) if arguments.json else as_text(report)
+    sys.stdout.write(text + "\n")
+    return 0
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
     from falqon.inspect import format_report, inspect
 
     report = inspect(arguments.path)
-    text = json.dumps(report, indent=2) if arguments.json else format_report(report)
-    sys.stdout.write(text + "\n")
-    return 0
+    return _show(report, format_report, arguments)
 
 
 def _add_doctor(subparsers: Subparsers) -> None:
@@ -89,9 +97,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from falqon.doctor import examine, format_report
 
     report = examine()
-    text = json.dumps(report, indent=2) if arguments.json else format_report(report)
-    sys.stdout.write(text + "\n")
-    return 0
+    return _show(report, format_report, arguments)
 
 
 def _add_export(subparsers: Subparsers) -> None:
@@ -121,6 +127,11 @@ def _add_export(subparsers: Subparsers) -> None:
         "directory, .gguf file, package:NAME or hub id (default: what the checkpoint says)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of the model on the hub")
+    _add_writing(parser)
+    parser.set_defaults(run=_export)
+
+
+def _add_writing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard-size",
         metavar="SIZE",
@@ -128,7 +139,6 @@ def _add_export(subparsers: Subparsers) -> None:
         help="largest weight file, in B, KB, MB or GB (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(run=_export)
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -142,9 +152,7 @@ def _export(arguments: argparse.Namespace) -> int:
         revision=arguments.revision,
         shard_size=arguments.shard_size,
     )
-    text = json.dumps(report, indent=2) if arguments.json else format_report(report)
-    sys.stdout.write(text + "\n")
-    return 0
+    return _show(report, format_report, arguments)
 
 
 def _add_apply(subparsers: Subparsers) -> None:
@@ -169,13 +177,7 @@ def _add_apply(subparsers: Subparsers) -> None:
         default="compressed-tensors",
         help="as in falqon export (default: %(default)s)",
     )
-    parser.add_argument(
-        "--shard-size",
-        metavar="SIZE",
-        default="5GB",
-        help="largest weight file, in B, KB, MB or GB (default: %(default)s)",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_writing(parser)
     parser.set_defaults(run=_apply)
 
 
@@ -191,9 +193,7 @@ def _apply(arguments: argparse.Namespace) -> int:
         revision=arguments.revision,
         shard_size=arguments.shard_size,
     )
-    text = json.dumps(report, indent=2) if arguments.json else format_report(report)
-    sys.stdout.write(text + "\n")
-    return 0
+    return _show(report, format_report, arguments)
 
 
 def _add_meld(subparsers: Subparsers) -> None:
