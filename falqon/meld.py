@@ -15,8 +15,8 @@ from falqon.fp8 import E4M3, compute_scale, dequantize, quantize
 from falqon.linear import MeldedLinear
 from falqon.recipe import Adapter, Fp8Recipe, MeldRecipe
 
-EXACT_UP_TO = 1024
-"""Smaller side of a matrix up to which an exact decomposition takes less time than a sketch."""
+EXACT_UP_TO = 8
+"""Smaller side of a matrix, in columns of its sketch, up to which it is decomposed exactly."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,9 @@ class MeldReport:
 def truncated_svd(matrix: Tensor, recipe: MeldRecipe, seed: int) -> tuple[Tensor, Tensor]:
     """Leading singular values and right singular vectors of a matrix.
 
-    The randomised method (Halko, Martinsson, Tropp, arXiv:0909.4061) sketches the row space with
-    `rank + oversampling` random columns and sharpens it with power iterations. A quantisation error
-    is close to white noise, whose singular values fall slowly, hence more iterations than usual.
-    Where the smaller side has at most `EXACT_UP_TO` entries, the eigenvectors of the Gram matrix of
-    that side are exact and take less time.
+    `randomized` sketches the row space where the smaller side is longer than `EXACT_UP_TO` times
+    the sketch, `rank + oversampling` columns. Below that, sharpening the sketch takes longer than
+    the eigenvectors of a Gram matrix, which are exact.
 
     Args:
         matrix: float32 [out, in].
@@ -96,12 +94,24 @@ def truncated_svd(matrix: Tensor, recipe: MeldRecipe, seed: int) -> tuple[Tensor
         Singular values [q] and V^T [q, in] with q = min(rank, out, in).
     """
     rank = min(recipe.rank, *matrix.shape)
-    sketch = rank + recipe.oversampling
-    if recipe.svd == "full" or sketch >= min(matrix.shape):
-        _, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        return values[:rank], right[:rank]
-    if min(matrix.shape) <= EXACT_UP_TO and (found := _svd_of_gram(matrix, rank)) is not None:
-        return found
+    if recipe.svd == "randomized":
+        columns = rank + recipe.oversampling
+        if min(matrix.shape) > EXACT_UP_TO * columns:
+            return sketched_svd(matrix, rank, columns, recipe.power_iterations, seed)
+        if (found := svd_of_gram(matrix, rank)) is not None:
+            return found
+    _, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return values[:rank], right[:rank]
+
+
+def sketched_svd(
+    matrix: Tensor, rank: int, columns: int, iterations: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """As `truncated_svd`, from random columns (Halko, Martinsson, Tropp, arXiv:0909.4061).
+
+    A quantisation error is close to white noise, whose singular values fall slowly, so power
+    iterations have to be more than usual.
+    """
     # svd_lowrank takes no generator. torch.manual_seed would reseed every device; this, only one.
     generator = torch.default_generator
     if matrix.is_cuda:
@@ -109,25 +119,32 @@ def truncated_svd(matrix: Tensor, recipe: MeldRecipe, seed: int) -> tuple[Tensor
     state = generator.get_state()
     try:
         generator.manual_seed(seed)
-        _, values, right = torch.svd_lowrank(matrix, q=sketch, niter=recipe.power_iterations)
+        _, values, right = torch.svd_lowrank(matrix, q=columns, niter=iterations)
     finally:
         generator.set_state(state)
     return values[:rank], right.t()[:rank]
 
 
-def _svd_of_gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
-    """As `truncated_svd`; None where a value is so small that its square is lost in rounding."""
+def svd_of_gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+    """As `truncated_svd`, from the eigenvectors of the Gram matrix of the smaller side.
+
+    Values and vectors are exact to 1e-4. None if a value is below 1/30 of the largest: then too
+    much of its square is lost in rounding.
+    """
+    # Of numbers around one, and whatever float32 products are allowed to be rounded to.
+    limit = matrix.abs().amax().clamp_min(torch.finfo(matrix.dtype).tiny)
+    scaled = matrix.double().div_(limit)
     tall = matrix.shape[0] >= matrix.shape[1]
-    exact = matrix.double()  # whatever float32 products are allowed to be rounded to
-    gram = (exact.t() @ exact if tall else exact @ exact.t()).float()
+    gram = (scaled.t() @ scaled if tall else scaled @ scaled.t()).float()
     squares, vectors = torch.linalg.eigh(gram)
     squares, vectors = squares.flip(0)[:rank], vectors.flip(1)[:, :rank]
-    if not squares[-1] > 1e-4 * squares[0]:
+    if not squares[-1] > 1e-3 * squares[0]:
         return None
     values = squares.sqrt()
-    if tall:
-        return values, vectors.t()
-    return values, (vectors.double().t() @ exact).float() / values[:, None]
+    right = vectors.t()
+    if not tall:
+        right = (right.double() @ scaled).float() / values[:, None]
+    return values * limit, right
 
 
 def _svd_adapter(matrix: Tensor, recipe: MeldRecipe, seed: int) -> tuple[Tensor, float]:

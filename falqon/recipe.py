@@ -155,8 +155,8 @@ class MeldRecipe:
             not made for their size.
         lora_alpha: as in LoRA: what B A changes in the weight is multiplied by lora_alpha / rank.
             None leaves it as it is, the paper's.
-        svd: `randomized` (Halko et al., arXiv:0909.4061; exact where a side of the weight has at
-            most 1,024 entries, which takes less time there) or `full`.
+        svd: `randomized` (Halko et al., arXiv:0909.4061; exact for weights that are small for it,
+            see `falqon.meld.truncated_svd`) or `full`.
         oversampling: extra sketch columns of the randomised SVD.
         power_iterations: power iterations of the randomised SVD.
         seed: of its sketch and of `kaiming`.

@@ -380,16 +380,24 @@ def test_smollm2_is_whole(smollm2: SmolLM2) -> None:
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
 
 
-def test_gguf_is_parsed_once_while_a_model_is_loaded() -> None:
-    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+def test_gguf_is_parsed_once_while_a_model_is_loaded(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+    ):
+        write()
+    writer.close()
+    kept = gguf.GGUFReader, gguf.get_tensor_name_map
     with contextlib.suppress(InputError), gguf_parsed_once():
+        path = str(tmp_path / "m.gguf")
+        assert gguf.GGUFReader(path) is gguf.GGUFReader(path)
         first = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
         assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is first
         assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3) is not first
-        assert gguf.GGUFReader is not reader
         raise InputError("damaged")
-    assert gguf.GGUFReader is reader
-    assert gguf.get_tensor_name_map is names
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == kept
 
 
 def test_smollm2_is_parsed_once(monkeypatch: pytest.MonkeyPatch, smollm2: SmolLM2) -> None:
