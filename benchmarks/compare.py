@@ -35,7 +35,8 @@ from falqon.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 OVERLAYS = ROOT / "configs" / "methods"
-_UNLIKE_STEPS = ("falqon", "qdylora")
+PROFILED = 8
+"""Steps that are profiled: FALQON's default policy writes rows in every eighth."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "padded": {"data": {"init_args": {"packing": False, "group_by_length": True}}},
     "compiled": {"model": {"init_args": {"compile_layers": True}}},
@@ -82,18 +83,12 @@ def find_overlays(names: str, packing: bool = False) -> dict[str, Path]:
     return found
 
 
-def profiled_steps(method: str) -> int:
-    """How many steps are profiled. FALQON writes rows in every eighth, QDyLoRA draws a rank."""
-    return 8 if method in _UNLIKE_STEPS else 3
-
-
-def base_config(args: argparse.Namespace, root: Path, method: str, number: int) -> dict[str, Any]:
+def base_config(args: argparse.Namespace, root: Path, number: int) -> dict[str, Any]:
     """The configuration that every method's overlay is put on.
 
     Args:
         args: The command line.
         root: Directory of the run.
-        method: Name of the overlay.
         number: Of the round: 0 is the one with all steps and validations, the others are short and
             for times alone. The second one has further steps that are profiled and not timed; if
             there is no second one, warm-up steps of the first are.
@@ -104,8 +99,8 @@ def base_config(args: argparse.Namespace, root: Path, method: str, number: int) 
     if args.repeats == 1:  # slows nothing that is timed
         probe |= {"profile_from": args.warmup // 2, "profile_steps": args.warmup - args.warmup // 2}
     elif number == 1:
-        probe |= {"profile_from": steps, "profile_steps": profiled_steps(method)}
-        steps += profiled_steps(method)
+        probe |= {"profile_from": steps, "profile_steps": PROFILED}
+        steps += PROFILED
     data = {
         "train_path": args.train,
         "batch_size": args.batch_size,
@@ -171,8 +166,8 @@ def train(args: argparse.Namespace, name: str, path: Path, number: int) -> dict[
     root.mkdir(parents=True)
     overlay = with_rank(yaml.safe_load(path.read_text()), args.rank)
     variant = VARIANTS.get(name.partition(":")[2], {})
-    base = base_config(args, root / "run", path.stem, number)
-    configs = {"base": base, "method": overlay, "variant": variant}
+    configs = {"base": base_config(args, root / "run", number), "method": overlay}
+    configs["variant"] = variant
     for title, config in configs.items():
         (root / f"{title}.yaml").write_text(yaml.safe_dump(config))
     job = root / "job.json"

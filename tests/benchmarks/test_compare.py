@@ -201,7 +201,7 @@ def test_methods_take_turns_and_a_refused_one_is_left_out(
     seen: list[tuple[str, int, int]] = []
 
     def train(args: Namespace, name: str, path: Path, number: int) -> dict[str, Any]:
-        config = compare.base_config(args, tmp_path, path.stem, number)
+        config = compare.base_config(args, tmp_path, number)
         probe = config["trainer"]["callbacks"][0]["init_args"]
         seen.append((name, config["trainer"]["max_steps"], probe.get("profile_from")))
         return result(unchanged=["x"]) if name == "qlora" else result()
@@ -210,7 +210,7 @@ def test_methods_take_turns_and_a_refused_one_is_left_out(
     flags = arguments("model", alpaca_file, tmp_path, "--methods=lora,qlora,falqon")
     assert compare.main([*flags, "--repeats=3"]) == 1
     full = [("lora", 8, None), ("qlora", 8, None), ("falqon", 8, None)]
-    short = [("lora", 8, 5), ("falqon", 13, 5), ("lora", 5, None), ("falqon", 5, None)]
+    short = [("lora", 13, 5), ("falqon", 13, 5), ("lora", 5, None), ("falqon", 5, None)]
     assert seen == full + short
     with (tmp_path / "compare.csv").open() as file:
         assert [row["method"] for row in csv.DictReader(file)] == ["lora", "falqon"]
