@@ -16,7 +16,7 @@ from falqon.linear import MeldedLinear
 from falqon.recipe import Adapter, Fp8Recipe, MeldRecipe
 
 EXACT_UP_TO = 8
-"""Smaller side of a matrix, in columns of its sketch, up to which it is decomposed exactly."""
+"""Smaller side of a matrix, in columns of its sketch, up to which it is not sketched."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def truncated_svd(matrix: Tensor, recipe: MeldRecipe, seed: int) -> tuple[Tensor
 
     `randomized` sketches the row space where the smaller side is longer than `EXACT_UP_TO` times
     the sketch, `rank + oversampling` columns. Below that, sharpening the sketch takes longer than
-    the eigenvectors of a Gram matrix, which are exact.
+    the eigenvectors of a Gram matrix; where these would be inexact the SVD is the full one.
 
     Args:
         matrix: float32 [out, in].
@@ -128,8 +128,8 @@ def sketched_svd(
 def svd_of_gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     """As `truncated_svd`, from the eigenvectors of the Gram matrix of the smaller side.
 
-    Values and vectors are exact to 1e-4. None if a value is below 1/30 of the largest: then too
-    much of its square is lost in rounding.
+    Values and vectors are exact to 1e-4. None if the last value is below 1/30 of the first: then
+    too much of its square is lost in rounding.
     """
     # Of numbers around one, and whatever float32 products are allowed to be rounded to.
     limit = matrix.abs().amax().clamp_min(torch.finfo(matrix.dtype).tiny)

@@ -102,9 +102,9 @@ def test_randomised_svd_captures_the_energy_of_the_full_one(
 
 
 def steep(*shape: int) -> Tensor:
-    """Singular values that fall to 1/20 of the first by the 64th."""
+    """Singular values that fall to 1/30 of the first by the 64th."""
     left, values, right = torch.linalg.svd(random(*shape).double(), full_matrices=False)
-    values = 20 ** -(torch.arange(len(values), dtype=torch.float64) / 63)
+    values = 30 ** -(torch.arange(len(values), dtype=torch.float64) / 63)
     return (left * values @ right).float()
 
 

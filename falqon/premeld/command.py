@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--svd",
         choices=("randomized", "full"),
         default=default.svd,
-        help="how A is computed; full takes minutes a layer at 7B (default: %(default)s)",
+        help="how A is computed; full takes far longer for large layers (default: %(default)s)",
     )
     add(
         "--seed",
