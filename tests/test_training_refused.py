@@ -12,6 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
+def refusal(
+    cli: Callable, config: dict[str, Any], capsys: pytest.CaptureFixture[str], *flags: str
+) -> str:
+    """What `fit` prints on stderr when it refuses."""
+    with pytest.raises(SystemExit) as error:
+        cli("fit", config, *flags)
+    assert error.value.code == 2
+    return str(capsys.readouterr().err)
+
+
 def damaged_model(
     source: str, target: Path, change: Callable[[dict[str, torch.Tensor]], None]
 ) -> str:
@@ -61,10 +71,7 @@ def test_bad_settings_give_one_clear_error(
     for key, value in change.items():
         place, _, name = key.rpartition(".")
         places.get(place, config)[name] = value
-    with pytest.raises(SystemExit) as error:
-        cli("fit", config)
-    assert error.value.code == 2
-    printed = capsys.readouterr().err
+    printed = refusal(cli, config, capsys)
     for part in says:
         assert part in printed
     assert "Traceback" not in printed
@@ -92,10 +99,7 @@ def test_bad_data_gives_one_clear_error(
     path = tmp_path / "rows.jsonl"
     path.write_text(content)
     config["data"]["init_args"]["train_path"] = str(path)
-    with pytest.raises(SystemExit) as error:
-        cli("fit", config)
-    assert error.value.code == 2
-    printed = capsys.readouterr().err
+    printed = refusal(cli, config, capsys)
     for part in says:
         assert part in printed
 
@@ -115,17 +119,13 @@ def test_nan_weights_and_pickles_are_refused(
 
         damaged = damaged_model(tokenizer_dir, tmp_path / name, spoil)
         config["model"]["init_args"]["model_name"] = damaged
-        with pytest.raises(SystemExit):
-            cli("fit", config)
-        assert name in capsys.readouterr().err
+        assert name in refusal(cli, config, capsys)
     pickled = tmp_path / "pickled"
     shutil.copytree(tokenizer_dir, pickled)
     torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
     config["model"]["init_args"]["model_name"] = str(pickled)
-    with pytest.raises(SystemExit):
-        cli("fit", config)
-    assert "pytorch_model.bin" in capsys.readouterr().err
+    assert "pytorch_model.bin" in refusal(cli, config, capsys)
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(
@@ -135,7 +135,4 @@ def test_a_checkpoint_of_another_recipe_is_refused(
     cli("fit", config, "--trainer.max_steps=2")
     for key, value in (("rank", 8), ("recipe", "paper"), ("update", "released")):
         other = tiny_run(**{key: value})
-        with pytest.raises(SystemExit) as error:
-            cli("fit", other, "--ckpt_path=last")
-        assert error.value.code == 2
-        assert key in capsys.readouterr().err
+        assert key in refusal(cli, other, capsys, "--ckpt_path=last")

@@ -55,3 +55,10 @@ def test_decompositions_side_by_side(capsys: pytest.CaptureFixture[str]) -> None
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[0].strip() for row in rows] == ["96x120", "8x20"]
     assert all(0.99 < float(row[5]) < 1 + 1e-4 for row in rows)  # the full one is the best there is
+
+
+@pytest.mark.parametrize("size", ["96", "96x", "0x8", "8x8x8", "axb"])
+def test_sizes_that_are_none_are_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["svd", "--sizes", size])
+    assert f"{size!r} is not OUTxIN" in capsys.readouterr().err
