@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from benchmarks.compare_report import versions
 from falqon.errors import InputError
-from falqon.meld import sketched_svd, svd_of_gram
+from falqon.meld import full_svd, sketched_svd, svd_of_gram
 from falqon.precision import FalqonPrecision
 from falqon.pretrained import load_model
 from falqon.recipe import MeldRecipe
@@ -172,7 +172,7 @@ def _values(matrix: Tensor, way: str, recipe: MeldRecipe) -> Tensor:
     if way == "sketch":
         columns = min(rank + recipe.oversampling, *matrix.shape)
         return sketched_svd(matrix, rank, columns, recipe.power_iterations, 0)[0]
-    return torch.linalg.svd(matrix, full_matrices=False)[1][:rank]
+    return full_svd(matrix, rank)[0]
 
 
 def _size(text: str) -> tuple[int, int]:
