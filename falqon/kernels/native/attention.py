@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -66,8 +67,7 @@ def ranges_of(mask: Tensor | None, batch: int, length: int) -> Ranges | None:
         batch, length: b, s.
     """
     if mask is None:
-        last = torch.arange(1, length + 1).expand(batch, length).contiguous()
-        return Ranges(torch.zeros_like(last), last)
+        return _causal(batch, length)
     if mask.is_inference():  # nobody counts how often these are written
         return _read(mask, batch, length)
     if _LAST and _LAST[0][0]() is mask and _LAST[0][1] == mask._version:
@@ -75,6 +75,12 @@ def ranges_of(mask: Tensor | None, batch: int, length: int) -> Ranges | None:
     found = _read(mask, batch, length)
     _LAST[:] = [(weakref.ref(mask), mask._version, found)]
     return found
+
+
+@lru_cache(maxsize=8)
+def _causal(batch: int, length: int) -> Ranges:
+    last = torch.arange(1, length + 1).expand(batch, length).contiguous()
+    return Ranges(torch.zeros_like(last), last)
 
 
 def _read(mask: Tensor, batch: int, length: int) -> Ranges | None:

@@ -102,16 +102,17 @@ static inline uint32_t largest_of(const bf16* x, i64 n) {
     return largest;
 }
 
-// Q(x) / scale, times a factor, in place.
-static inline void round_row(bf16* x, i64 n, float scale, float factor, const Format f) {
+// Q(x) / scale, times a factor; `to` may be x.
+static inline void round_row(const bf16* x, i64 n, float scale, float factor, const Format f,
+                             bf16* to) {
     float inverse = 1.0f / scale;
 #pragma omp simd
     for (i64 i = 0; i < n; i++)
-        x[i] = bf16(to_bits(round_fp8(widen(x[i]) * scale, f) * inverse * factor) >> 16);
+        to[i] = bf16(to_bits(round_fp8(widen(x[i]) * scale, f) * inverse * factor) >> 16);
 }
 
 static inline void quantize_row(bf16* x, i64 n, const Format f) {
-    round_row(x, n, scale_of(largest_of(x, n), f.max), 1.0f, f);
+    round_row(x, n, scale_of(largest_of(x, n), f.max), 1.0f, f, x);
 }
 
 extern "C" {
@@ -137,17 +138,24 @@ void falqon_quantize(i64 parts, const bf16* const* x, const i64* widths, const i
 #pragma omp parallel for schedule(static)
     for (i64 t = 0; t < rows; t++) {
         bf16* to = out + t * n;
+        uint32_t largest = 0;
         for (i64 p = 0; p < parts; to += widths[p], p++) {
             const bf16* from = x[p] + t * strides[p];
             float factor = factors[p];
+            if (factor != 1.0f) {
 #pragma omp simd
-            for (i64 i = 0; i < widths[p]; i++) to[i] = narrow(widen(from[i]) * factor);
+                for (i64 i = 0; i < widths[p]; i++) to[i] = narrow(widen(from[i]) * factor);
+                from = to;
+            }
+            uint32_t size = largest_of(from, widths[p]);
+            largest = size > largest ? size : largest;
         }
         to = out + t * n;
-        float scale = scale_of(largest_of(to, n), is_e5m2 ? E5M2.max : E4M3.max);
+        float scale = scale_of(largest, is_e5m2 ? E5M2.max : E4M3.max);
         for (i64 p = 0; p < parts; to += widths[p], p++) {
-            if (is_e5m2) round_row(to, widths[p], scale, 1.0f / factors[p], E5M2);
-            else round_row(to, widths[p], scale, 1.0f / factors[p], E4M3);
+            const bf16* from = factors[p] == 1.0f ? x[p] + t * strides[p] : to;
+            if (is_e5m2) round_row(from, widths[p], scale, 1.0f / factors[p], E5M2, to);
+            else round_row(from, widths[p], scale, 1.0f / factors[p], E4M3, to);
         }
     }
 }
