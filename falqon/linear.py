@@ -26,6 +26,8 @@ from falqon.kernels import (
 from falqon.kernels.native import melded
 from falqon.recipe import Fp8Recipe
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
 
 def has_hooks(module: nn.Module, besides_fsdp: bool = False) -> bool:
     """Whether somebody wants to see the module being called.
@@ -34,13 +36,16 @@ def has_hooks(module: nn.Module, besides_fsdp: bool = False) -> bool:
         module: to look at.
         besides_fsdp: leave out FSDP2's hooks, which gather the weights and look at nothing.
     """
-    hooks = chain(
-        module._forward_hooks.values(),
-        module._forward_pre_hooks.values(),
-        module._backward_hooks.values(),
-        module._backward_pre_hooks.values(),
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
     )
-    return any(not (besides_fsdp and _is_of_fsdp(hook)) for hook in hooks)
+    if not any(hooks):  # nearly always, and asked for thousands of times a step
+        return False
+    every = chain.from_iterable(found.values() for found in hooks)
+    return any(not (besides_fsdp and _is_of_fsdp(hook)) for hook in every)
 
 
 def _is_of_fsdp(hook: Any) -> bool:
@@ -63,7 +68,9 @@ class _MeldedFunction(torch.autograd.Function):
         count: int,
         *tensors: Any,
     ) -> tuple[Tensor, ...]:
-        inputs, parameters = tensors[:count], tensors[count:]
+        parameters = tensors[count:]
+        # The layers' input may have one dimension only; of what follows, that is a norm's weight.
+        inputs = [t if i and t.dim() == 1 else _as_rows(t) for i, t in enumerate(tensors[:count])]
         codes, scales, proxies, biases = (
             parameters[i : i + len(layers)] for i in range(0, len(parameters), len(layers))
         )
@@ -80,6 +87,7 @@ class _MeldedFunction(torch.autograd.Function):
             x_values, *extra = quantize.values(*inputs)  # type: ignore[operator]
             weights = melded.decoded(codes, scales, first.rank)
             sizes = [layer.out_features for layer in layers]
+            pending = [proxy.to(dtype) for proxy in pending]
             outs, adapters = melded.forward(x_values, weights, biases, sizes, first.rank, pending)
         else:
             x_codes, x_scale, *extra = quantize(*inputs)
@@ -91,13 +99,16 @@ class _MeldedFunction(torch.autograd.Function):
         kept = () if source is None else (*inputs, *extra)
         ctx.save_for_backward(*adapters, *codes, *scales, *live, *kept)
         ctx.layers, ctx.source, ctx.count, ctx.live = layers, source, count, first.live
-        ctx.native = native
-        return tuple(outs)
+        ctx.native, ctx.shapes = native, [t.shape for t in tensors[:count]]
+        leading = tensors[0].shape[:-1]
+        # Not view: a Function's output that is one may not be changed in place.
+        return tuple(_unsafe_view(out, [*leading, out.shape[-1]]) for out in outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layers, count, number = ctx.layers, ctx.count, len(ctx.layers)
+        grads = tuple(_as_rows(grad) for grad in grads)
         first: MeldedLinear = layers[0]
         saved = list(ctx.saved_tensors)
         adapters, codes, scales = (saved[i * number : (i + 1) * number] for i in range(3))
@@ -108,6 +119,7 @@ class _MeldedFunction(torch.autograd.Function):
         if any(needed[:count]):
             pending = [_scaled(p, layer) for p, layer in zip(live, layers, strict=bool(live))]
             if ctx.native:
+                pending = [proxy.to(grads[0].dtype) for proxy in pending]
                 weights = melded.decoded(codes, scales, first.rank)
                 rounded = first.recipe.emulate == "fp8"
                 grad_input = melded.backward(grads, weights, scales, pending, rounded)
@@ -119,7 +131,9 @@ class _MeldedFunction(torch.autograd.Function):
                     grad_codes, grad_scale, codes, scales[0], grads[0].dtype, onto
                 )
             source = ctx.source
-            grad_inputs = [grad_input] if source is None else source.backward(grad_input, *kept)
+            rows = [grad_input] if source is None else source.backward(grad_input, *kept)
+            shapes = zip(rows, ctx.shapes, strict=True)
+            grad_inputs = [None if grad is None else grad.view(shape) for grad, shape in shapes]
         need_proxy, need_bias = (needed[count + i * number :][:number] for i in (2, 3))
         grad_proxies = [
             _scaled(layer.proxy_grad(grad, adapter), layer) if need else None
@@ -131,6 +145,11 @@ class _MeldedFunction(torch.autograd.Function):
         ]
         nothing = [None] * (2 * number)  # for codes and scales
         return None, None, None, *grad_inputs, *nothing, *grad_proxies, *grad_biases
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """[..., n] as [T, n]."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _scaled(proxy: Tensor, layer: MeldedLinear) -> Tensor:
@@ -164,18 +183,18 @@ def apply_melded(
             f"input has {x.shape[-1]} features, the layer takes {first.in_features} "
             f"(input shape {tuple(x.shape)})"
         )
-    rows = [x.reshape(-1, first.in_features)]
-    rows += [t.reshape(-1, first.in_features) if t.dim() > 1 else t for t in inputs[1:]]
     parameters = (
         *(layer.codes for layer in layers),
         *(layer.scale for layer in layers),
         *(layer.B for layer in layers),
         *(layer.bias for layer in layers),
     )
-    # Autocast would turn float32 operands into 16-bit ones; the input's dtype decides here.
+    arguments = (layers, source, len(inputs), *inputs, *parameters)
+    if not torch.is_autocast_enabled(x.device.type):
+        return list(_MeldedFunction.apply(*arguments))
+    # It would turn float32 operands into 16-bit ones; the input's dtype decides here.
     with torch.autocast(x.device.type, enabled=False):
-        outs = _MeldedFunction.apply(layers, source, len(inputs), *rows, *parameters)
-    return [out.view(*x.shape[:-1], out.shape[-1]) for out in outs]
+        return list(_MeldedFunction.apply(*arguments))
 
 
 class MeldedLinear(nn.Module):

@@ -66,11 +66,20 @@ def test_quantized_parts_share_a_scale() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("factor", [1.0, 2.0**-9, 2.0**20])
-def test_decode(factor: float) -> None:
-    codes = torch.arange(256, dtype=torch.uint8).repeat(3)
-    out = ops.decode_e4m3(codes, factor, torch.empty(768, dtype=BF16))
-    assert same(out, decode(codes, E4M3, BF16) * factor)
+@pytest.mark.parametrize("scale", [1.0, 2.0**9, 2.0**-20])
+def test_decode(scale: float) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(3).view(24, 32)
+    out = ops.decoded([codes], [torch.tensor([scale])], rank=8)
+    assert same(out, decode(codes, E4M3, BF16) / scale)
+
+
+@needs_compiler
+def test_decode_of_a_group_puts_adapters_behind_all_backbones() -> None:
+    codes = [torch.randint(256, (out + 3, 17), dtype=torch.uint8) for out in (5, 1, 40)]
+    scales = [torch.tensor([s]) for s in (1.0, 4.0, 2.0**-7)]
+    values = [decode(c, E4M3, BF16) / s.bfloat16() for c, s in zip(codes, scales, strict=True)]
+    out = ops.decoded(codes, scales, rank=3)
+    assert same(out, torch.cat([v[:-3] for v in values] + [v[-3:] for v in values]))
 
 
 @needs_compiler

@@ -115,17 +115,37 @@ static inline void quantize_row(bf16* x, i64 n, const Format f) {
     round_row(x, n, scale_of(largest_of(x, n), f.max), 1.0f, f, x);
 }
 
+// The value of an E4M3 code times a power of two.
+static inline bf16 decoded(uint8_t code, float factor) {
+    uint32_t size = code & 0x7Fu, sign = uint32_t(code & 0x80u) << 24;
+    float small = float(int(size)) * 0.001953125f;
+    uint32_t bits = size < 8u ? to_bits(small) : (size << 20) + (120u << 23);
+    bits = size == 0x7Fu ? 0x7FC00000u : bits;
+    return bf16(to_bits(from_bits(bits | sign) * factor) >> 16);
+}
+
 extern "C" {
 
-// E4M3 codes times a power of two.
-void falqon_decode(const uint8_t* codes, i64 n, float factor, bf16* out) {
-#pragma omp parallel for simd schedule(static)
-    for (i64 i = 0; i < n; i++) {
-        uint32_t size = codes[i] & 0x7Fu, sign = uint32_t(codes[i] & 0x80u) << 24;
-        float small = float(int(size)) * 0.001953125f;
-        uint32_t bits = size < 8u ? to_bits(small) : (size << 20) + (120u << 23);
-        bits = size == 0x7Fu ? 0x7FC00000u : bits;
-        out[i] = bf16(to_bits(from_bits(bits | sign) * factor) >> 16);
+// Values of merged E4M3 codes over their scales, which are powers of two: the rows of all
+// backbones, outs[l] each, then those of all adapters, rank each.
+void falqon_decode(i64 layers, const uint8_t* const* codes, const float* const* scales,
+                   const i64* outs, i64 rank, i64 columns, bf16* out) {
+    i64 rows = 0;
+    for (i64 l = 0; l < layers; l++) rows += outs[l];
+#pragma omp parallel
+    {
+        bf16 *backbone = out, *adapter = out + rows * columns;
+        for (i64 l = 0; l < layers; l++) {
+            i64 first = outs[l] * columns, second = rank * columns;
+            const uint8_t *of_backbone = codes[l], *of_adapter = codes[l] + first;
+            float factor = 1.0f / *scales[l];
+#pragma omp for simd schedule(static) nowait
+            for (i64 i = 0; i < first; i++) backbone[i] = decoded(of_backbone[i], factor);
+#pragma omp for simd schedule(static) nowait
+            for (i64 i = 0; i < second; i++) adapter[i] = decoded(of_adapter[i], factor);
+            backbone += first;
+            adapter += second;
+        }
     }
 }
 

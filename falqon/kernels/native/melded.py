@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from falqon.kernels.native import ops
-from falqon.kernels.pending import pending_outputs
 from falqon.recipe import Fp8Recipe
 
 
@@ -53,16 +52,9 @@ def decoded(codes: Sequence[Tensor], scales: Sequence[Tensor], rank: int) -> Wei
         scales: float32 [1] each, powers of two.
         rank: r.
     """
-    columns, count = codes[0].shape[1], len(codes)
-    outs = [merged.shape[0] - rank for merged in codes]
-    both = torch.empty(sum(outs) + count * rank, columns, dtype=torch.bfloat16)
-    backbone, adapter = both.split([sum(outs), count * rank])
-    parts = zip(codes, scales, outs, backbone.split(outs), adapter.split(rank), strict=True)
-    for merged, scale, out, to_backbone, to_adapter in parts:
-        factor = 1.0 / float(scale)
-        ops.decode_e4m3(merged[:out], factor, to_backbone)
-        ops.decode_e4m3(merged[out:], factor, to_adapter)
-    return Weights(backbone, adapter)
+    both = ops.decoded(codes, scales, rank)
+    rows = len(both) - len(codes) * rank
+    return Weights(both[:rows], both[rows:])
 
 
 def forward(
@@ -81,15 +73,17 @@ def forward(
         biases: [out_i] or None each.
         outs: out_i.
         rank: r.
-        proxies: B_i, times the LoRA scaling, float32 [out_i, r]; none if nothing pending acts.
+        proxies: B_i, times the LoRA scaling, bfloat16 [out_i, r]; none if nothing pending acts.
 
     Returns:
         O_i [T, out_i], tensors of their own, and O_A_i [T, r], parts of one tensor.
     """
-    adapters = list((x @ weights.adapter.t()).split(rank, dim=1))
-    backbones = weights.backbone.split(list(outs))
+    adapter = x @ weights.adapter.t()
+    single = len(outs) == 1
+    adapters = [adapter] if single else list(adapter.split(rank, dim=1))
+    backbones = [weights.backbone] if single else weights.backbone.split(list(outs))
     if proxies:
-        onto = [pending_outputs(a, proxy) for a, proxy in zip(adapters, proxies, strict=True)]
+        onto = [a @ proxy.t() for a, proxy in zip(adapters, proxies, strict=True)]
         results = [to.addmm_(x, w.t()) for to, w in zip(onto, backbones, strict=True)]
     else:
         results = [x @ weight.t() for weight in backbones]
@@ -112,17 +106,17 @@ def backward(
         grads: dL/dO_i [T, out_i].
         weights: of the group.
         scales: weight scales, float32 [1] each: gradients are quantised in units of the first's.
-        proxies: B_i, times the LoRA scaling, float32 [out_i, r]; none if nothing pending acts.
+        proxies: B_i, times the LoRA scaling, bfloat16 [out_i, r]; none if nothing pending acts.
         rounded: gradients are quantised.
     """
-    first = float(scales[0])
-    factors = [1.0] if len(scales) == 1 else [first / float(scale) for scale in scales]
     if rounded:
+        values = [1.0] if len(scales) == 1 else torch.cat(list(scales)).tolist()
+        factors = [values[0] / value for value in values]
         left = ops.quantized(grads, factors, e5m2=True)
     else:
         left = grads[0] if len(grads) == 1 else torch.cat(list(grads), dim=1)
     if not proxies:
         return left @ weights.backbone
-    thin = [grad @ proxy.to(grad.dtype) for grad, proxy in zip(grads, proxies, strict=True)]
+    thin = [grad @ proxy for grad, proxy in zip(grads, proxies, strict=True)]
     onto = (thin[0] if len(thin) == 1 else torch.cat(thin, dim=1)) @ weights.adapter
     return onto.addmm_(left, weights.backbone)

@@ -70,16 +70,33 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def decode_e4m3(codes: Tensor, factor: float, out: Tensor) -> Tensor:
-    """Values of E4M3 codes times a power of two, into `out`.
+def decoded(codes: Sequence[Tensor], scales: Sequence[Tensor], rank: int) -> Tensor:
+    """Values of merged weights in E4M3: those of all backbones, then those of all adapters.
 
     Args:
-        codes: uint8, contiguous.
-        factor: power of two.
-        out: bfloat16, contiguous, of as many elements.
+        codes: uint8 [out_i + r, n], contiguous.
+        scales: float32 [1] each, powers of two.
+        rank: r.
+
+    Returns:
+        [sum of out_i + r for each, n].
     """
-    assert codes.is_contiguous() and out.is_contiguous() and codes.numel() == out.numel()
-    _call("decode", _at(codes), _INT(codes.numel()), ctypes.c_float(factor), _at(out))
+    count, columns = len(codes), codes[0].shape[1]
+    outs = [len(c) - rank for c in codes]
+    assert all(c.is_contiguous() and c.shape[1] == columns for c in codes)
+    assert all(s.dtype == torch.float32 for s in scales)
+    out = torch.empty(sum(outs) + count * rank, columns, dtype=_BF16)
+    pointers = ctypes.c_void_p * count
+    _call(
+        "decode",
+        _INT(count),
+        pointers(*(c.data_ptr() for c in codes)),
+        pointers(*(s.data_ptr() for s in scales)),
+        (_INT * count)(*outs),
+        _INT(rank),
+        _INT(columns),
+        _at(out),
+    )
     return out
 
 
