@@ -166,8 +166,8 @@ def apply_melded(
 
     Args:
         layers: one or more, of equal recipe and rank.
-        inputs: [..., n]: the layers' input, or what `source` makes it from. One-dimensional tensors
-            (the weight of a norm) are passed on as they are.
+        inputs: [..., n]: the layers' input, or what `source` makes it from. Of those behind the
+            first, one-dimensional ones (the weight of a norm) are passed on as they are.
         source: gives codes [T, in] and scale of the layers' input, and anything more that its
             `backward` takes after the gradient and the inputs.
 

@@ -114,7 +114,7 @@ def sketched_svd(
     Args:
         matrix: float32 [out, in].
         rank: r.
-        columns: random columns, at least r and at most the smaller side.
+        columns: random columns, at least r.
         iterations: products with `matrix^T matrix`, as far as there is room for their blocks.
         seed: of the columns.
     """
@@ -122,10 +122,12 @@ def sketched_svd(
     start = torch.randn(
         matrix.shape[0], columns, generator=generator, device=matrix.device, dtype=matrix.dtype
     )
-    blocks = [matrix.t() @ start]
+    # Numbers around one: squares of the values occur below.
+    size = matrix.abs().amax().clamp_min(torch.finfo(matrix.dtype).tiny)
+    blocks = [(matrix.t() @ start) / size]
     for _ in range(min(iterations, min(matrix.shape) // columns - 1)):
         blocks[-1] = torch.linalg.qr(blocks[-1]).Q
-        blocks.append(matrix.t() @ (matrix @ blocks[-1]))
+        blocks.append(matrix.t() @ ((matrix @ blocks[-1]) / size) / size)
     basis = torch.linalg.qr(torch.cat(blocks, dim=1)).Q
     values, right = _exact_svd(matrix @ basis, rank)
     return values, right @ basis.t()

@@ -210,14 +210,16 @@ def test_same_seed_same_bits_and_no_random_state_touched() -> None:
 
 @pytest.mark.parametrize("shape", [(300, 280), (280, 300)])
 @pytest.mark.parametrize("known", [0, 3, 20])
-def test_sketch_of_a_matrix_of_low_rank(known: int, shape: tuple[int, int]) -> None:
-    weight = random(shape[0], known) @ random(known, shape[1])
-    values, right = sketched_svd(weight, 8, 10, 5, 0)
-    expected = torch.linalg.svdvals(weight)[:8]
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_sketch_of_any_size_and_low_rank(known: int, size: float, shape: tuple[int, int]) -> None:
+    weight = random(shape[0], known) @ random(known, shape[1]) * size
+    values, right = (x.double() for x in sketched_svd(weight, 8, 10, 5, 0))
+    expected = torch.linalg.svdvals(weight.double())[:8]
     bound = 1e-5 * float(expected[0])  # of float32
     torch.testing.assert_close(values, expected, rtol=1e-4, atol=bound)
-    torch.testing.assert_close(right @ right.t(), torch.eye(8), rtol=0, atol=1e-5)
-    torch.testing.assert_close((weight @ right.t()).norm(dim=0), expected, rtol=1e-4, atol=bound)
+    torch.testing.assert_close(right @ right.t(), torch.eye(8).double(), rtol=0, atol=1e-5)
+    held = (weight.double() @ right.t()).norm(dim=0)
+    torch.testing.assert_close(held, expected, rtol=1e-4, atol=bound)
 
 
 # -- one layer ----------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def ranges_of(mask: Tensor | None, batch: int, length: int) -> Ranges | None:
 
 @lru_cache(maxsize=8)
 def _causal(batch: int, length: int) -> Ranges:
-    last = torch.arange(1, length + 1).expand(batch, length).contiguous()
+    last = torch.arange(1, length + 1, device="cpu").expand(batch, length).contiguous()
     return Ranges(torch.zeros_like(last), last)
 
 

@@ -85,7 +85,7 @@ def decoded(codes: Sequence[Tensor], scales: Sequence[Tensor], rank: int) -> Ten
     outs = [len(c) - rank for c in codes]
     assert all(c.is_contiguous() and c.shape[1] == columns for c in codes)
     assert all(s.dtype == torch.float32 for s in scales)
-    out = torch.empty(sum(outs) + count * rank, columns, dtype=_BF16)
+    out = codes[0].new_empty(sum(outs) + count * rank, columns, dtype=_BF16)
     pointers = ctypes.c_void_p * count
     _call(
         "decode",
