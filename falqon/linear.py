@@ -69,8 +69,10 @@ class _MeldedFunction(torch.autograd.Function):
         *tensors: Any,
     ) -> tuple[Tensor, ...]:
         parameters = tensors[count:]
-        # The layers' input may have one dimension only; of what follows, that is a norm's weight.
-        inputs = [t if i and t.dim() == 1 else _as_rows(t) for i, t in enumerate(tensors[:count])]
+        # A view made here of what needs a gradient would have no place in the graph; a detached one
+        # needs none. Of the inputs only the first is rows even with one dimension.
+        given = [t.detach() for t in tensors[:count]]
+        inputs = [t if i and t.dim() == 1 else _as_rows(t) for i, t in enumerate(given)]
         codes, scales, proxies, biases = (
             parameters[i : i + len(layers)] for i in range(0, len(parameters), len(layers))
         )
