@@ -76,8 +76,7 @@ def forward(
         proxies: B_i, times the LoRA scaling, bfloat16 [out_i, r]; none if nothing pending acts.
 
     Returns:
-        O_i [T, out_i], tensors of their own, and O_A_i [T, r], of several layers
-        parts of one tensor.
+        O_i [T, out_i], tensors of their own, and O_A_i [T, r]: parts of one tensor.
     """
     adapter = x @ weights.adapter.t()
     single = len(outs) == 1
