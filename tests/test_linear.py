@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from falqon.fp8 import E4M3, E5M2, dequantize, quantize
+from falqon.groups import swiglu_quantizer
 from falqon.linear import MeldedLinear
 from falqon.meld import meld_linear
 from falqon.recipe import RECIPES, Fp8Recipe, MeldRecipe
@@ -272,6 +273,19 @@ def test_output_may_be_changed_in_place() -> None:
     alone = make()
     alone(x).backward(torch.full((1, OUT), 2.0))
     assert torch.equal(layer.B.grad, alone.B.grad)
+
+
+@pytest.mark.parametrize("native", ["auto", "off"])
+def test_a_saved_input_that_is_changed_in_place_is_refused(
+    native: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FALQON_NATIVE", native)
+    layer, gate = make(), random(8, IN).requires_grad_() * 1
+    y = layer(gate, random(8, IN), source=swiglu_quantizer(layer))
+    with torch.no_grad():
+        gate.mul_(2.0)
+    with pytest.raises(RuntimeError, match="inplace"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("recipe", ["default", "paper", "weights", "none"])
