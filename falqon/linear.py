@@ -78,20 +78,21 @@ class _MeldedFunction(torch.autograd.Function):
         )
         first, dtype = layers[0], inputs[0].dtype
         quantize = first.quantize_input if source is None else source
-        steps = (quantize, first.quantize_gradient, first.melded_matmul, first.backbone_matmul)
         # Whoever replaced a step (tensor parallelism) or looks at one wants it to be called.
-        own = type(first.melded_matmul), type(first.backbone_matmul)
-        native = own == (MeldedMatmul, BackboneMatmul) and not any(map(has_hooks, steps))
+        products = (first.melded_matmul, first.backbone_matmul, *(x.proxy_grad for x in layers))
+        own = (MeldedMatmul, BackboneMatmul, *(ProxyGrad for _ in layers))
+        steps = (quantize, first.quantize_gradient, *products)
+        native = tuple(map(type, products)) == own and not any(map(has_hooks, steps))
         native = native and melded.takes(first.recipe, codes, inputs)
         live = proxies if first.live else ()
-        pending = [_scaled(proxy, layer) for proxy, layer in zip(live, layers, strict=bool(live))]
         if native:
             x_values, *extra = quantize.values(*inputs)  # type: ignore[operator]
-            weights = melded.decoded(codes, scales, first.rank)
-            sizes = [layer.out_features for layer in layers]
-            pending = [proxy.to(dtype) for proxy in pending]
-            outs, adapters = melded.forward(x_values, weights, biases, sizes, first.rank, pending)
+            factors = [layer.lora_scaling for layer in layers]
+            outs, adapters = melded.forward(
+                x_values, codes, scales, biases, first.rank, live, factors
+            )
         else:
+            pending = [_scaled(p, layer) for p, layer in zip(live, layers, strict=bool(live))]
             x_codes, x_scale, *extra = quantize(*inputs)
             outs, adapters = first.melded_matmul(
                 x_codes, x_scale, codes, scales, biases, dtype, pending
@@ -117,30 +118,34 @@ class _MeldedFunction(torch.autograd.Function):
         live = saved[3 * number : 4 * number] if ctx.live else []
         kept = saved[(3 + ctx.live) * number :]
         _, _, _, *needed = ctx.needs_input_grad
-        grad_inputs: Sequence[Tensor | None] = [None] * count
-        if any(needed[:count]):
-            pending = [_scaled(p, layer) for p, layer in zip(live, layers, strict=bool(live))]
-            if ctx.native:
-                pending = [proxy.to(grads[0].dtype) for proxy in pending]
-                weights = melded.decoded(codes, scales, first.rank)
-                rounded = first.recipe.emulate == "fp8"
-                grad_input = melded.backward(grads, weights, scales, pending, rounded)
-            else:
+        need_input = any(needed[:count])
+        need_proxy, need_bias = (needed[count + i * number :][:number] for i in (2, 3))
+        grad_input = None
+        if ctx.native:
+            factors = [layer.lora_scaling for layer in layers]
+            given = (grads, codes, scales, first.rank, live, factors, adapters)
+            rounded = first.recipe.emulate == "fp8"
+            grad_input, grad_proxies = melded.backward(*given, rounded, need_input, need_proxy)
+        else:
+            if need_input:
+                pending = [_scaled(p, layer) for p, layer in zip(live, layers, strict=bool(live))]
                 joined = joined_gradients(grads, scales, first.backbone_matmul.power_of_two)
                 grad_codes, grad_scale = first.quantize_gradient(joined)
                 onto = pending_gradient(grads, pending, codes, scales) if pending else None
                 grad_input = first.backbone_matmul(
                     grad_codes, grad_scale, codes, scales[0], grads[0].dtype, onto
                 )
+            parts = zip(need_proxy, layers, grads, adapters, strict=True)
+            grad_proxies = [
+                _scaled(layer.proxy_grad(grad, adapter), layer) if need else None
+                for need, layer, grad, adapter in parts
+            ]
+        grad_inputs: Sequence[Tensor | None] = [None] * count
+        if grad_input is not None:
             source = ctx.source
             rows = [grad_input] if source is None else source.backward(grad_input, *kept)
             shapes = zip(rows, ctx.shapes, strict=True)
             grad_inputs = [None if grad is None else grad.view(shape) for grad, shape in shapes]
-        need_proxy, need_bias = (needed[count + i * number :][:number] for i in (2, 3))
-        grad_proxies = [
-            _scaled(layer.proxy_grad(grad, adapter), layer) if need else None
-            for need, layer, grad, adapter in zip(need_proxy, layers, grads, adapters, strict=True)
-        ]
         grad_biases = [
             grad.sum(dim=0, dtype=torch.float32).to(grad.dtype) if need else None
             for need, grad in zip(need_bias, grads, strict=True)

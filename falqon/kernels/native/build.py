@@ -1,4 +1,4 @@
-"""Compile and load kernels.cpp, once for a machine and version; without a compiler do without."""
+"""Compile and load the C++ here, once for a machine and version; without a compiler do without."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from falqon.kernels.backend import cache_directory
 VARIABLE = "FALQON_NATIVE"
 """Environment variable: `auto` (compile where there is a compiler) or `off` (plain torch)."""
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
+_SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+_HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 _FLAGS = (
     "-shared", "-fPIC", "-O3", "-march=native", "-fopenmp", "-fno-math-errno",
     "-fno-trapping-math", "-ffp-contract=off",
@@ -62,7 +63,7 @@ def _compile(path: str, target: Path) -> None:
     flags = [*_FLAGS, _WIDE] if platform.machine() in ("x86_64", "AMD64") else list(_FLAGS)
     with tempfile.TemporaryDirectory(dir=target.parent) as directory:
         made = Path(directory) / "kernels.so"
-        command = [path, *flags, "-o", str(made), str(_SOURCE)]
+        command = [path, *flags, "-o", str(made), *map(str, _SOURCES)]
         subprocess.run(command, check=True, capture_output=True, timeout=300)
         made.replace(target)
 
@@ -75,7 +76,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, "no C++ compiler was found (g++, c++, clang++, or CXX)"
     if torch.get_num_threads() and not torch.backends.openmp.is_available():
         return None, "this torch is built without OpenMP"
-    key = "\n".join((_SOURCE.read_text(), path, *_FLAGS, _WIDE, _processor(), torch.__version__))
+    texts = [source.read_text() for source in (*_SOURCES, *_HEADERS)]
+    key = "\n".join((*texts, path, *_FLAGS, _WIDE, _processor(), torch.__version__))
     target = cache_directory() / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     try:
         if not target.is_file():

@@ -11,12 +11,12 @@ Shapes: T tokens, `in`/`out` features, r adapter rank; layers of a group have on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from falqon.kernels.native import ops
+from falqon.kernels.native import amx, ops
+from falqon.kernels.proxy_grad import proxy_grad
 from falqon.recipe import Fp8Recipe
 
 
@@ -32,61 +32,42 @@ def takes(recipe: Fp8Recipe, codes: Sequence[Tensor], inputs: Sequence[Tensor]) 
     )
 
 
-class Weights(NamedTuple):
-    """Values of a group's merged weights.
-
-    Attributes:
-        backbone: bfloat16 [sum of out_i, in].
-        adapter: A of every layer, bfloat16 [r for each layer, in].
-    """
-
-    backbone: Tensor
-    adapter: Tensor
-
-
-def decoded(codes: Sequence[Tensor], scales: Sequence[Tensor], rank: int) -> Weights:
-    """Decode the weights of a group.
-
-    Args:
-        codes: merged weights, uint8 [out_i + r, in].
-        scales: float32 [1] each, powers of two.
-        rank: r.
-    """
-    both = ops.decoded(codes, scales, rank)
-    rows = len(both) - len(codes) * rank
-    return Weights(both[:rows], both[rows:])
-
-
 def forward(
     x: Tensor,
-    weights: Weights,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    outs: Sequence[int],
     rank: int,
     proxies: Sequence[Tensor],
+    factors: Sequence[float],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """O_i and O_A_i; see `falqon.kernels.melded_matmul.MeldedMatmul`.
 
     Args:
         x: FP8 values [T, in], or what the recipe does not round.
-        weights: of the group.
+        codes: merged weights, uint8 [out_i + r, in].
+        scales: float32 [1] each.
         biases: [out_i] or None each.
-        outs: out_i.
         rank: r.
-        proxies: B_i, times the LoRA scaling, bfloat16 [out_i, r]; none if nothing pending acts.
+        proxies: B_i, float32 [out_i, r]; none if nothing pending acts.
+        factors: LoRA scaling of each.
 
     Returns:
         O_i [T, out_i], tensors of their own, and O_A_i [T, r]: parts of one tensor.
     """
-    adapter = x @ weights.adapter.t()
-    single = len(outs) == 1
-    adapters = [adapter] if single else list(adapter.split(rank, dim=1))
-    backbones = [weights.backbone] if single else weights.backbone.split(list(outs))
-    if proxies:
-        onto = [a @ proxy.t() for a, proxy in zip(adapters, proxies, strict=True)]
-        results = [to.addmm_(x, w.t()) for to, w in zip(onto, backbones, strict=True)]
+    if amx.takes(codes, len(x), rank):
+        results, adapters = amx.forward(x, codes, scales, rank, proxies, factors)
     else:
-        results = [x @ weight.t() for weight in backbones]
+        backbones, of_adapters = _decoded(codes, scales, rank)
+        adapter = x @ of_adapters.t()
+        adapters = [adapter] if len(codes) == 1 else list(adapter.split(rank, dim=1))
+        if proxies:
+            acting = _acting(proxies, factors)
+            onto = [a @ b.t() for a, b in zip(adapters, acting, strict=True)]
+            parts = backbones.split([len(c) - rank for c in codes])
+            results = [to.addmm_(x, w.t()) for to, w in zip(onto, parts, strict=True)]
+        else:
+            results = [x @ w.t() for w in backbones.split([len(c) - rank for c in codes])]
     for result, bias in zip(results, biases, strict=True):
         if bias is not None:
             result.add_(bias)
@@ -95,28 +76,78 @@ def forward(
 
 def backward(
     grads: Sequence[Tensor],
-    weights: Weights,
+    codes: Sequence[Tensor],
     scales: Sequence[Tensor],
+    rank: int,
     proxies: Sequence[Tensor],
-    rounded: bool = True,
-) -> Tensor:
-    """dL/dx [T, in]: `backbone_matmul` of the quantised gradients, plus the pending change's part.
+    factors: Sequence[float],
+    adapters: Sequence[Tensor],
+    rounded: bool,
+    want_input: bool,
+    want_proxies: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of the input and of B.
+
+    dL/dx is `backbone_matmul` of the quantised gradients, plus the pending change's part; dL/dB is
+    `proxy_grad`, times the LoRA scaling.
 
     Args:
         grads: dL/dO_i [T, out_i].
-        weights: of the group.
-        scales: weight scales, float32 [1] each: gradients are quantised in units of the first's.
-        proxies: B_i, times the LoRA scaling, bfloat16 [out_i, r]; none if nothing pending acts.
+        codes, scales, rank, proxies, factors: as in `forward`. Gradients are quantised in units of
+            the first scale.
+        adapters: O_A_i [T, r].
         rounded: gradients are quantised.
+        want_input, want_proxies: which of the results to make.
+
+    Returns:
+        [T, in] or None; float32 [out_i, r] or None each.
     """
+    if amx.takes(codes, len(grads[0]), rank):
+        wanted = (adapters, rounded, want_input, want_proxies)
+        return amx.backward(grads, codes, scales, rank, proxies, factors, *wanted)
+    grad_input = None
+    if want_input:
+        grad_input = _input_gradient(grads, codes, scales, rank, proxies, factors, rounded)
+    parts = zip(grads, adapters, factors, want_proxies, strict=True)
+    return grad_input, [_scaled(proxy_grad(g, a), f) if want else None for g, a, f, want in parts]
+
+
+def _input_gradient(
+    grads: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    rank: int,
+    proxies: Sequence[Tensor],
+    factors: Sequence[float],
+    rounded: bool,
+) -> Tensor:
+    backbones, of_adapters = _decoded(codes, scales, rank)
     if rounded:
         values = [1.0] if len(scales) == 1 else torch.cat(list(scales)).tolist()
-        factors = [values[0] / value for value in values]
-        left = ops.quantized(grads, factors, e5m2=True)
+        left = ops.quantized(grads, [values[0] / value for value in values], e5m2=True)
     else:
         left = grads[0] if len(grads) == 1 else torch.cat(list(grads), dim=1)
     if not proxies:
-        return left @ weights.backbone
-    thin = [grad @ proxy for grad, proxy in zip(grads, proxies, strict=True)]
-    onto = (thin[0] if len(thin) == 1 else torch.cat(thin, dim=1)) @ weights.adapter
-    return onto.addmm_(left, weights.backbone)
+        return left @ backbones
+    acting = _acting(proxies, factors)
+    thin = [grad @ proxy for grad, proxy in zip(grads, acting, strict=True)]
+    onto = (thin[0] if len(thin) == 1 else torch.cat(thin, dim=1)) @ of_adapters
+    return onto.addmm_(left, backbones)
+
+
+def _decoded(
+    codes: Sequence[Tensor], scales: Sequence[Tensor], rank: int
+) -> tuple[Tensor, Tensor]:
+    """Backbones of a group, bfloat16 [sum of out_i, in], and A of every layer, [r for each, in]."""
+    both = ops.decoded(codes, scales, rank)
+    rows = len(both) - len(codes) * rank
+    return both[:rows], both[rows:]
+
+
+def _acting(proxies: Sequence[Tensor], factors: Sequence[float]) -> list[Tensor]:
+    scaled = (_scaled(proxy, factor) for proxy, factor in zip(proxies, factors, strict=True))
+    return [proxy.to(torch.bfloat16) for proxy in scaled]
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x * factor

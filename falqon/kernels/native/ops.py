@@ -20,7 +20,7 @@ _BF16 = torch.bfloat16
 
 
 @lru_cache(maxsize=1)
-def _functions() -> ctypes.CDLL | None:
+def functions() -> ctypes.CDLL | None:
     """The library after a look at whether it rounds as torch does, on every bfloat16 value."""
     found = library()
     if found is None:
@@ -47,13 +47,13 @@ def usable(*tensors: Tensor) -> bool:
             for t in tensors
         )
         and wanted()
-        and _functions() is not None
+        and functions() is not None
     )
 
 
-def _call(name: str, *args: object) -> None:
+def call(name: str, *args: object) -> None:
     """Call a compiled function; a profiler that is running sees it as `falqon::name`."""
-    function = getattr(_functions(), f"falqon_{name}")
+    function = getattr(functions(), f"falqon_{name}")
     if torch.autograd._profiler_enabled():  # entering a range costs more than some of the calls
         with torch.profiler.record_function(f"falqon::{name}"):
             function(*args)
@@ -61,11 +61,11 @@ def _call(name: str, *args: object) -> None:
         function(*args)
 
 
-def _at(tensor: Tensor) -> ctypes.c_void_p:
+def at(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows(x: Tensor) -> Tensor:
     """With values of a row side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -87,7 +87,7 @@ def decoded(codes: Sequence[Tensor], scales: Sequence[Tensor], rank: int) -> Ten
     assert all(s.dtype == torch.float32 for s in scales)
     out = codes[0].new_empty(sum(outs) + count * rank, columns, dtype=_BF16)
     pointers = ctypes.c_void_p * count
-    _call(
+    call(
         "decode",
         _INT(count),
         pointers(*(c.data_ptr() for c in codes)),
@@ -95,7 +95,7 @@ def decoded(codes: Sequence[Tensor], scales: Sequence[Tensor], rank: int) -> Ten
         (_INT * count)(*outs),
         _INT(rank),
         _INT(columns),
-        _at(out),
+        at(out),
     )
     return out
 
@@ -113,7 +113,7 @@ def _quantize(
     strides = (_INT * count)(*(p.stride(0) for p in parts))
     scales = (ctypes.c_float * count)(*factors)
     rows = _INT(parts[0].shape[0])
-    call(_INT(count), pointers, widths, strides, scales, rows, _INT(e5m2), _at(out))
+    call(_INT(count), pointers, widths, strides, scales, rows, _INT(e5m2), at(out))
 
 
 def quantized(parts: Sequence[Tensor], factors: Sequence[float], e5m2: bool = False) -> Tensor:
@@ -129,9 +129,9 @@ def quantized(parts: Sequence[Tensor], factors: Sequence[float], e5m2: bool = Fa
     Returns:
         [T, sum of n_i].
     """
-    parts = [_rows(part) for part in parts]
+    parts = [rows(part) for part in parts]
     out = parts[0].new_empty(parts[0].shape[0], sum(part.shape[1] for part in parts))
-    _quantize(partial(_call, "quantize"), parts, factors, e5m2, out)
+    _quantize(partial(call, "quantize"), parts, factors, e5m2, out)
     return out
 
 
@@ -152,7 +152,7 @@ def rms_norm_quantized(
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     sizes = (_INT(x.shape[0]), _INT(x.shape[1]), _INT(rounded))
-    _call("rms_norm", _at(x), _at(weight), _at(inverse_rms), *sizes, _at(out))
+    call("rms_norm", at(x), at(weight), at(inverse_rms), *sizes, at(out))
     return out
 
 
@@ -161,7 +161,7 @@ def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) 
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     sizes = (_INT(x.shape[0]), _INT(x.shape[1]))
-    _call("rms_norm_grad", _at(grad), _at(x), _at(weight), _at(inverse_rms), *sizes, _at(out))
+    call("rms_norm_grad", at(grad), at(x), at(weight), at(inverse_rms), *sizes, at(out))
     return out
 
 
@@ -173,7 +173,7 @@ def swiglu_quantized(gate: Tensor, up: Tensor, rounded: bool = True) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     sizes = (_INT(gate.shape[0]), _INT(gate.shape[1]), _INT(rounded))
-    _call("swiglu", _at(gate), _at(up), *sizes, _at(out))
+    call("swiglu", at(gate), at(up), *sizes, at(out))
     return out
 
 
@@ -181,8 +181,8 @@ def swiglu_grad(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]
     """See `falqon.kernels.swiglu_quantize.swiglu_grad`."""
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(gate)
-    given = (_at(grad), _at(gate), _at(up))
-    _call("swiglu_grad", *given, _INT(gate.numel()), _at(d_gate), _at(d_up))
+    given = (at(grad), at(gate), at(up))
+    call("swiglu_grad", *given, _INT(gate.numel()), at(d_gate), at(d_up))
     return d_gate, d_up
 
 
@@ -201,7 +201,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, want_grad: bool) -> Tensor:
     targets = targets.contiguous()
     losses = torch.empty(len(logits), dtype=torch.float32)
     sizes = (_INT(logits.shape[0]), _INT(logits.shape[1]), _INT(want_grad))
-    _call("cross_entropy", _at(logits), _at(targets), *sizes, _at(losses))
+    call("cross_entropy", at(logits), at(targets), *sizes, at(losses))
     return losses
 
 
@@ -220,15 +220,15 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, kv: int) -> Tensor:
     x = x if x.stride() == (length * x.stride(1), x.stride(1), d, 1) else x.contiguous()
     out = x.new_empty(batch, kv, length, heads // kv, d)
     sizes = (batch, _table_stride(cos), length, kv, heads // kv, d)
-    _call(
+    call(
         "rotate",
-        _at(x),
+        at(x),
         _INT(x.stride(1)),
         _INT(d),
-        _at(cos),
-        _at(sin),
+        at(cos),
+        at(sin),
         *map(_INT, sizes),
-        _at(out),
+        at(out),
     )
     return out
 
@@ -244,7 +244,7 @@ def rotated_grad(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     assert grad.is_contiguous()
     out = grad.new_empty(batch, length, kv * group, d)
     sizes = (batch, _table_stride(cos), length, kv, group, d)
-    _call("rotate_grad", _at(grad), _at(cos), _at(sin), *map(_INT, sizes), _at(out))
+    call("rotate_grad", at(grad), at(cos), at(sin), *map(_INT, sizes), at(out))
     return out
 
 
@@ -259,7 +259,7 @@ def regrouped(x: Tensor, kv: int) -> Tensor:
     x = x if x.stride() == (length * x.stride(1), x.stride(1), d, 1) else x.contiguous()
     out = x.new_empty(batch, kv, length, heads // kv, d)
     sizes = (x.stride(1), batch, length, kv, heads // kv, d, 0)
-    _call("regroup", _at(x), *map(_INT, sizes), _at(out))
+    call("regroup", at(x), *map(_INT, sizes), at(out))
     return out
 
 
@@ -269,7 +269,7 @@ def ungrouped(x: Tensor) -> Tensor:
     assert x.is_contiguous()
     out = x.new_empty(batch, length, kv * group, d)
     sizes = (kv * group * d, batch, length, kv, group, d, 1)
-    _call("regroup", _at(x), *map(_INT, sizes), _at(out))
+    call("regroup", at(x), *map(_INT, sizes), at(out))
     return out
 
 
@@ -294,7 +294,7 @@ def softmax_(
     (batch, length), (heads, rows, keys) = first.shape, scores.shape
     assert scores.is_contiguous() and heads % batch == rows % queries == 0
     sizes = (batch, heads // batch, length, query, queries, rows // queries, offset, keys)
-    _call("softmax", _at(scores), _at(first), _at(last), *map(_INT, sizes), ctypes.c_float(factor))
+    call("softmax", at(scores), at(first), at(last), *map(_INT, sizes), ctypes.c_float(factor))
     return scores
 
 
@@ -303,5 +303,5 @@ def softmax_grad_(p: Tensor, dp: Tensor, factor: float) -> Tensor:
     assert p.is_contiguous() and dp.is_contiguous()
     keys = p.shape[-1]
     rows = (_INT(p.numel() // max(1, keys)), _INT(keys))
-    _call("softmax_grad", _at(p), _at(dp), *rows, ctypes.c_float(factor))
+    call("softmax_grad", at(p), at(dp), *rows, ctypes.c_float(factor))
     return dp

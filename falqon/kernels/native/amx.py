@@ -1,0 +1,155 @@
+"""Typed wrappers of amx.cpp: the matrix products of a group of melded layers, one call a direction.
+
+For processors with AMX. Sums run over the inner dimension from first to last, in float32, whatever
+the number of threads. All tensors are on the CPU, 16-bit ones are bfloat16.
+
+Shapes: T tokens, `in`/`out` features, r adapter rank; layers of a group have one input.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from falqon.kernels.native import ops
+
+_INT = ctypes.c_int64
+_PANEL = 32  # of amx.cpp
+
+
+@lru_cache(maxsize=1)
+def present() -> bool:
+    """Whether the processor has AMX, and system and compiler let it be used."""
+    found = ops.functions()
+    if found is None:
+        return False
+    found.falqon_amx.restype = _INT
+    return bool(found.falqon_amx())
+
+
+def takes(codes: Sequence[Tensor], tokens: int, rank: int) -> bool:
+    """Whether layers of these shapes can be multiplied: whole panels, and tokens to fill one.
+
+    Args:
+        codes: merged weights, uint8 [out_i + r, in].
+        tokens: T.
+        rank: r.
+    """
+    whole = codes[0].shape[1] % _PANEL == 0 and all((len(c) - rank) % _PANEL == 0 for c in codes)
+    return whole and tokens >= _PANEL and present()
+
+
+def forward(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    rank: int,
+    proxies: Sequence[Tensor],
+    factors: Sequence[float],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`O_A_i = x A_i^T`, rounded; `O_i = x W_i^T + O_A_i B_i^T`, each product summed by itself.
+
+    Args:
+        x: [T, in].
+        codes: merged weights, uint8 [out_i + r, in], contiguous.
+        scales: float32 [1] each, powers of two.
+        rank: r.
+        proxies: B_i, float32 [out_i, r], contiguous; none if nothing pending acts.
+        factors: of the B_i.
+
+    Returns:
+        O_i [T, out_i], tensors of their own; O_A_i [T, r], parts of one tensor.
+    """
+    x = x.contiguous()
+    (tokens, columns), count = x.shape, len(codes)
+    outs = [len(c) - rank for c in codes]
+    out, wide = sum(outs), -(-rank // _PANEL) * _PANEL
+    results = [x.new_empty(tokens, n) for n in outs]
+    adapters = x.new_empty(tokens, count * rank)
+    size = (out + count * wide) * columns + out * wide * bool(proxies)
+    work = x.new_empty(size + tokens * count * wide * (wide != rank))
+    ops.call(
+        "amx_forward",
+        _INT(count),
+        ops.at(x),
+        _INT(tokens),
+        _INT(columns),
+        _pointers(codes),
+        _pointers(scales),
+        (_INT * count)(*outs),
+        _INT(rank),
+        _pointers(proxies) if proxies else None,
+        (ctypes.c_float * count)(*factors),
+        _pointers(results),
+        ops.at(adapters),
+        ops.at(work),
+    )
+    return results, [adapters] if count == 1 else list(adapters.split(rank, dim=1))
+
+
+def backward(
+    grads: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    rank: int,
+    proxies: Sequence[Tensor],
+    factors: Sequence[float],
+    adapters: Sequence[Tensor],
+    rounded: bool,
+    want_input: bool,
+    want_proxies: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dL/dx, and dL/dB_i times its factor.
+
+    Args:
+        grads: dL/dO_i [T, out_i].
+        codes, scales, rank, proxies, factors: as in `forward`.
+        adapters: O_A_i [T, r].
+        rounded: gradients are quantised to E5M2, with one scale a row, before they meet W.
+        want_input, want_proxies: which of the results to make.
+
+    Returns:
+        [T, in] or None; float32 [out_i, r] or None each.
+    """
+    grads = [ops.rows(grad) for grad in grads]
+    adapters = [ops.rows(adapter) for adapter in adapters]
+    count, columns, tokens = len(codes), codes[0].shape[1], len(grads[0])
+    outs = [len(c) - rank for c in codes]
+    out, wide = sum(outs), -(-rank // _PANEL) * _PANEL
+    whole = -(-tokens // _PANEL) * _PANEL
+    grad_input = grads[0].new_empty(tokens, columns) if want_input else None
+    grad_proxies = [
+        grads[0].new_empty(n, rank, dtype=torch.float32) if want else None
+        for n, want in zip(outs, want_proxies, strict=True)
+    ]
+    size = (out + count * wide) * columns + out * wide + tokens * (out + count * wide)
+    work = grads[0].new_empty(size + (count * wide + torch.get_num_threads() * _PANEL) * whole)
+    ops.call(
+        "amx_backward",
+        _INT(count),
+        _pointers(grads),
+        (_INT * count)(*(grad.stride(0) for grad in grads)),
+        _INT(tokens),
+        _INT(columns),
+        _pointers(codes),
+        _pointers(scales),
+        (_INT * count)(*outs),
+        _INT(rank),
+        _pointers(proxies) if proxies else None,
+        (ctypes.c_float * count)(*factors),
+        _INT(rounded),
+        _pointers(adapters),
+        (_INT * count)(*(adapter.stride(0) for adapter in adapters)),
+        None if grad_input is None else ops.at(grad_input),
+        _pointers(grad_proxies),
+        ops.at(work),
+    )
+    return grad_input, grad_proxies
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))

@@ -1,0 +1,154 @@
+// Values in 16 and in 8 bits, a row at a time: what the compiled CPU path rounds, and how.
+//
+// bfloat16 values are uint16, FP8 codes uint8, scales powers of two.
+
+#ifndef FALQON_VALUES_H
+#define FALQON_VALUES_H
+
+#include <cstdint>
+#include <cstring>
+
+typedef uint16_t bf16;
+typedef int64_t i64;
+
+static inline float from_bits(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
+static inline uint32_t to_bits(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
+static inline float widen(bf16 x) { return from_bits(uint32_t(x) << 16); }
+
+// Round to nearest, ties to even; NaN stays NaN.
+static inline bf16 narrow(float x) {
+    uint32_t bits = to_bits(x);
+    uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    uint32_t nan = (bits >> 16) | 0x40u;
+    return bf16((bits & 0x7FFFFFFFu) > 0x7F800000u ? nan : rounded);
+}
+
+// exp(x) for finite x: a relative error below 2e-7; 0 below -87, infinity from 88.7 up.
+static inline float exponential(float x) {
+    float limited = x < -87.33654f ? -87.33654f : x;
+    limited = limited > 88.722f ? 88.722f : limited;
+    float n = __builtin_rintf(limited * 1.44269504088896341f);
+    float r = __builtin_fmaf(n, -0.693359375f, limited);
+    r = __builtin_fmaf(n, 2.12194440e-4f, r);
+    float p = 1.9875691500e-4f;
+    p = __builtin_fmaf(p, r, 1.3981999507e-3f);
+    p = __builtin_fmaf(p, r, 8.3334519073e-3f);
+    p = __builtin_fmaf(p, r, 4.1665795894e-2f);
+    p = __builtin_fmaf(p, r, 1.6666665459e-1f);
+    p = __builtin_fmaf(p, r, 5.0000001201e-1f);
+    p = __builtin_fmaf(p, r * r, r) + 1.0f;
+    float y = p * from_bits(uint32_t(int(n) + 126) << 23) * 2.0f;  // 2^128 is no float
+    return x > 88.722f ? __builtin_inff() : y;
+}
+
+static const i64 KEPT = 4096;  // floats that a thread keeps on its stack
+static const i64 WIDEST = 16;  // of them in a vector register
+
+// The first values of x, at most KEPT, with minus infinity behind them; how many that is.
+static inline i64 padded(const bf16* x, i64 n, float* out) {
+    n = n < KEPT ? n : KEPT;
+    i64 count = (n + WIDEST - 1) / WIDEST * WIDEST;
+    for (i64 i = n; i < count; i++) out[i] = -__builtin_inff();
+#pragma omp simd
+    for (i64 i = 0; i < n; i++) out[i] = widen(x[i]);
+    return count;
+}
+
+static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+struct Format {
+    float max;         // largest finite value
+    int dropped;       // mantissa bits of float32 that the format does not have
+    float smallest;    // smallest normal number
+    float step_magic;  // 1.5 * 2^23 subnormal steps: adding it rounds to a whole step
+};
+static const Format E4M3 = {448.0f, 20, 0.015625f, 24576.0f};
+static const Format E5M2 = {57344.0f, 21, 6.103515625e-05f, 192.0f};
+
+// The FP8 value next to x, ties to even, saturating; NaN stays NaN.
+static inline float round_fp8(float x, const Format f) {
+    uint32_t bits = to_bits(x), sign = bits & 0x80000000u, size = bits & 0x7FFFFFFFu;
+    float limited = from_bits(size);
+    limited = limited > f.max ? f.max : limited;
+    uint32_t b = to_bits(limited);
+    uint32_t normal = b + ((1u << (f.dropped - 1)) - 1u) + ((b >> f.dropped) & 1u);
+    normal &= ~((1u << f.dropped) - 1u);
+    float small = (limited + f.step_magic) - f.step_magic;
+    uint32_t rounded = limited < f.smallest ? to_bits(small) : normal;
+    rounded = size > 0x7F800000u ? 0x7FC00000u : rounded;
+    return from_bits(rounded | sign);
+}
+
+// Scale of a row by its largest magnitude, given as bfloat16 bits: see compute_scale in fp8.py.
+static inline float scale_of(uint32_t largest, float max) {
+    if (largest == 0 || largest >= 0x7F80u) return 1.0f;
+    double exact = double(max) / double(widen(bf16(largest)));
+    uint64_t bits;
+    std::memcpy(&bits, &exact, 8);
+    bits &= ~((uint64_t(1) << 52) - 1);
+    std::memcpy(&exact, &bits, 8);
+    const double most = 8.507059173023462e+37;  // 2^126
+    exact = exact > most ? most : exact;
+    exact = exact < 1.0 / most ? 1.0 / most : exact;
+    return float(exact);
+}
+
+static inline uint32_t largest_of(const bf16* x, i64 n) {
+    uint32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (i64 i = 0; i < n; i++) {
+        uint32_t size = x[i] & 0x7FFFu;
+        largest = size > largest ? size : largest;
+    }
+    return largest;
+}
+
+// Q(x) / scale, times a factor; `to` may be x.
+static inline void round_row(const bf16* x, i64 n, float scale, float factor, const Format f,
+                             bf16* to) {
+    float inverse = 1.0f / scale;
+#pragma omp simd
+    for (i64 i = 0; i < n; i++)
+        to[i] = bf16(to_bits(round_fp8(widen(x[i]) * scale, f) * inverse * factor) >> 16);
+}
+
+static inline void quantize_row(bf16* x, i64 n, const Format f) {
+    round_row(x, n, scale_of(largest_of(x, n), f.max), 1.0f, f, x);
+}
+
+// The value of an E4M3 code times a power of two.
+static inline bf16 decoded(uint8_t code, float factor) {
+    uint32_t size = code & 0x7Fu, sign = uint32_t(code & 0x80u) << 24;
+    float small = float(int(size)) * 0.001953125f;
+    uint32_t bits = size < 8u ? to_bits(small) : (size << 20) + (120u << 23);
+    bits = size == 0x7Fu ? 0x7FC00000u : bits;
+    return bf16(to_bits(from_bits(bits | sign) * factor) >> 16);
+}
+
+// A row of several tensors side by side, quantised with one scale for all of them. The values that
+// are rounded are those times their tensor's factor, which is taken back afterwards.
+static inline void quantize_parts(i64 parts, const bf16* const* x, const i64* widths,
+                                  const i64* strides, const float* factors, i64 t, const Format f,
+                                  bf16* out) {
+    bf16* to = out;
+    uint32_t largest = 0;
+    for (i64 p = 0; p < parts; to += widths[p], p++) {
+        const bf16* from = x[p] + t * strides[p];
+        float factor = factors[p];
+        if (factor != 1.0f) {
+#pragma omp simd
+            for (i64 i = 0; i < widths[p]; i++) to[i] = narrow(widen(from[i]) * factor);
+            from = to;
+        }
+        uint32_t size = largest_of(from, widths[p]);
+        largest = size > largest ? size : largest;
+    }
+    to = out;
+    float scale = scale_of(largest, f.max);
+    for (i64 p = 0; p < parts; to += widths[p], p++) {
+        const bf16* from = factors[p] == 1.0f ? x[p] + t * strides[p] : to;
+        round_row(from, widths[p], scale, 1.0f / factors[p], f, to);
+    }
+}
+
+#endif
