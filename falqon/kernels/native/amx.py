@@ -18,7 +18,7 @@ from torch import Tensor
 from falqon.kernels.native import ops
 
 _INT = ctypes.c_int64
-_PANEL = 32  # of amx.cpp
+_PANEL, _CHUNK = 32, 128  # of amx.h and amx_attention.cpp
 
 
 @lru_cache(maxsize=1)
@@ -67,7 +67,7 @@ def forward(
     x = x.contiguous()
     (tokens, columns), count = x.shape, len(codes)
     outs = [len(c) - rank for c in codes]
-    out, wide = sum(outs), -(-rank // _PANEL) * _PANEL
+    out, wide = sum(outs), _filled(rank)
     results = [x.new_empty(tokens, n) for n in outs]
     adapters = x.new_empty(tokens, count * rank)
     size = (out + count * wide) * columns + out * wide * bool(proxies)
@@ -119,8 +119,8 @@ def backward(
     adapters = [ops.rows(adapter) for adapter in adapters]
     count, columns, tokens = len(codes), codes[0].shape[1], len(grads[0])
     outs = [len(c) - rank for c in codes]
-    out, wide = sum(outs), -(-rank // _PANEL) * _PANEL
-    whole = -(-tokens // _PANEL) * _PANEL
+    out, wide = sum(outs), _filled(rank)
+    whole = _filled(tokens)
     grad_input = grads[0].new_empty(tokens, columns) if want_input else None
     grad_proxies = [
         grads[0].new_empty(n, rank, dtype=torch.float32) if want else None
@@ -149,6 +149,113 @@ def backward(
         ops.at(work),
     )
     return grad_input, grad_proxies
+
+
+def attends(d: int) -> bool:
+    """Whether attention with heads of d values can be computed."""
+    return d % _PANEL == 0 and present()
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    first: Tensor,
+    last: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attention of rotated queries to rotated keys; see `falqon.kernels.native.attention`.
+
+    Args:
+        query: [b, s, h, d].
+        key, value: [b, s, kv, d].
+        cos, sin: of the rotation, [b or 1, s, d], contiguous.
+        first, last: int32 [b, s]: query i sees keys first[i] up to, and without, last[i].
+        scaling: of the scores.
+
+    Returns:
+        [b, s, h, d]; and rotated queries [b, kv, s h / kv, d], rotated keys and values
+        [b, kv, s, d], with zeros up to a multiple of 32 rows, for `attention_grad`.
+    """
+    query, key, value = map(ops.tokens_apart, (query, key, value))
+    (batch, length, heads, d), kv = query.shape, key.shape[2]
+    rows, keys = _filled(length * heads // kv), _filled(length)
+    kept = (
+        query.new_empty(batch, kv, rows, d),
+        query.new_empty(batch, kv, keys, d),
+        query.new_empty(batch, kv, keys, d),
+    )
+    out = query.new_empty(batch, length, heads, d)
+    threads = torch.get_num_threads()
+    work = query.new_empty(2 * batch * kv * keys * d + threads * keys * (_PANEL + 2))
+    strided = (part for x in (query, key, value) for part in (ops.at(x), _INT(x.stride(1))))
+    sizes = map(_INT, (batch, length, kv, heads // kv, d))
+    ops.call(
+        "amx_attention",
+        *strided,
+        ops.at(cos),
+        ops.at(sin),
+        _INT(ops.table_stride(cos)),
+        ops.at(first),
+        ops.at(last),
+        *sizes,
+        ctypes.c_float(scaling),
+        *map(ops.at, (*kept, out, work)),
+    )
+    return out, *kept
+
+
+def attention_grad(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    first: Tensor,
+    last: Tensor,
+    scaling: float,
+    heads: int,
+    kv: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the query, key and value of `attention`.
+
+    Args:
+        grad: of its result, [b, s, h, d].
+        query, key, value: what it returned besides.
+        cos, sin, first, last, scaling: what it was given.
+        heads, kv: numbers of heads of queries and of keys.
+
+    Returns:
+        [b, s, h, d], [b, s, kv, d] twice.
+    """
+    grad = ops.tokens_apart(grad)
+    batch, length, _, d = grad.shape
+    keys = key.shape[2]
+    grads = tuple(grad.new_empty(batch, length, n, d) for n in (heads, kv, kv))
+    own = 3 * keys * d + 2 * _CHUNK * keys + 2 * _PANEL * _CHUNK + 3 * _CHUNK * d
+    own += 2 * (2 * keys * d + keys)
+    work = grad.new_empty(torch.get_num_threads() * own)
+    sizes = map(_INT, (batch, length, kv, heads // kv, d))
+    ops.call(
+        "amx_attention_grad",
+        ops.at(grad),
+        _INT(grad.stride(1)),
+        *map(ops.at, (query, key, value, cos, sin)),
+        _INT(ops.table_stride(cos)),
+        ops.at(first),
+        ops.at(last),
+        *sizes,
+        ctypes.c_float(scaling),
+        *map(ops.at, (*grads, work)),
+    )
+    return grads[0], grads[1], grads[2]
+
+
+def _filled(n: int) -> int:
+    return -(-n // _PANEL) * _PANEL
 
 
 def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:

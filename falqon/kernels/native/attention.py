@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
-from falqon.kernels.native import ops
+from falqon.kernels.native import amx, ops
 
 _BLOCK = (
     128  # queries: with fewer, matmuls get slow; with more, too many unseen keys are multiplied
@@ -132,8 +132,37 @@ def attend(
     Returns:
         [b, s, h, d].
     """
-    out: Tensor = _Attention.apply(query, key, value, cos, sin, ranges, scaling)
+    way = _AmxAttention if amx.attends(query.shape[-1]) else _Attention
+    out: Tensor = way.apply(query, key, value, cos, sin, ranges, scaling)
     return out
+
+
+class _AmxAttention(torch.autograd.Function):
+    @staticmethod
+    @record_function("falqon::attention")
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        ranges: Ranges,
+        scaling: float,
+    ) -> Tensor:
+        rotation = (cos.contiguous(), sin.contiguous())
+        seen = (ranges.first, ranges.last, scaling)
+        out, *kept = amx.attention(query, key, value, *rotation, *seen)
+        ctx.save_for_backward(*kept, *rotation)
+        ctx.seen, ctx.heads = seen, (query.shape[2], key.shape[2])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    @record_function("falqon::attention")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads = amx.attention_grad(grad, *ctx.saved_tensors, *ctx.seen, *ctx.heads)
+        return *grads, None, None, None, None
 
 
 class _Attention(torch.autograd.Function):

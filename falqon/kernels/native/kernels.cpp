@@ -130,8 +130,7 @@ void falqon_cross_entropy(bf16* logits, const i64* targets, i64 rows, i64 n, i64
     }
 }
 
-// Rotated heads (sign -1 turns back): [b, s, heads, d] with strides to [b, kv, s, group, d].
-// forward: to = a cos + rotate_half(a) sin, products and sum rounded as torch's modules round them.
+// Rotated heads: [b, s, heads, d] with strides to [b, kv, s, group, d].
 void falqon_rotate(const bf16* x, i64 row_stride, i64 head_stride, const bf16* cos, const bf16* sin,
                    i64 batch, i64 table_stride, i64 length, i64 kv, i64 group, i64 d, bf16* out) {
 #pragma omp parallel for schedule(static) collapse(2)
@@ -141,14 +140,7 @@ void falqon_rotate(const bf16* x, i64 row_stride, i64 head_stride, const bf16* c
             for (i64 h = 0; h < kv * group; h++) {
                 const bf16* from = x + (b * length + s) * row_stride + h * head_stride;
                 bf16* to = out + (((b * kv + h / group) * length + s) * group + h % group) * d;
-                i64 half = d / 2;
-#pragma omp simd
-                for (i64 i = 0; i < half; i++) {
-                    float low = widen(from[i]), high = widen(from[half + i]);
-                    to[i] = narrow(widen(narrow(low * widen(c[i]))) + widen(narrow(-high * widen(n[i]))));
-                    to[half + i] = narrow(widen(narrow(high * widen(c[half + i]))) +
-                                          widen(narrow(low * widen(n[half + i]))));
-                }
+                rotate_head(from, c, n, d, to);
             }
         }
 }
@@ -163,15 +155,7 @@ void falqon_rotate_grad(const bf16* grad, const bf16* cos, const bf16* sin, i64 
             for (i64 h = 0; h < kv * group; h++) {
                 const bf16* from = grad + (((b * kv + h / group) * length + s) * group + h % group) * d;
                 bf16* to = out + ((b * length + s) * kv * group + h) * d;
-                i64 half = d / 2;
-#pragma omp simd
-                for (i64 i = 0; i < half; i++) {
-                    float low = widen(from[i]), high = widen(from[half + i]);
-                    to[i] = narrow(widen(narrow(low * widen(c[i]))) +
-                                   widen(narrow(high * widen(n[half + i]))));
-                    to[half + i] = narrow(widen(narrow(high * widen(c[half + i]))) +
-                                          widen(narrow(-low * widen(n[i]))));
-                }
+                rotate_head_back(from, c, n, d, to);
             }
         }
 }

@@ -217,9 +217,9 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, kv: int) -> Tensor:
         [b, kv, s, heads / kv, d].
     """
     batch, length, heads, d = x.shape
-    x = x if x.stride() == (length * x.stride(1), x.stride(1), d, 1) else x.contiguous()
+    x = tokens_apart(x)
     out = x.new_empty(batch, kv, length, heads // kv, d)
-    sizes = (batch, _table_stride(cos), length, kv, heads // kv, d)
+    sizes = (batch, table_stride(cos), length, kv, heads // kv, d)
     call(
         "rotate",
         at(x),
@@ -243,12 +243,19 @@ def rotated_grad(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     batch, kv, length, group, d = grad.shape
     assert grad.is_contiguous()
     out = grad.new_empty(batch, length, kv * group, d)
-    sizes = (batch, _table_stride(cos), length, kv, group, d)
+    sizes = (batch, table_stride(cos), length, kv, group, d)
     call("rotate_grad", at(grad), at(cos), at(sin), *map(_INT, sizes), at(out))
     return out
 
 
-def _table_stride(table: Tensor) -> int:
+def tokens_apart(x: Tensor) -> Tensor:
+    """[b, s, heads, d] with all of a token side by side, and one distance between all tokens."""
+    length, d = x.shape[1], x.shape[3]
+    return x if x.stride() == (length * x.stride(1), x.stride(1), d, 1) else x.contiguous()
+
+
+def table_stride(table: Tensor) -> int:
+    """Between the rows of a rotation's cosines or sines [b or 1, s, d]; 0 if there is one for all."""
     assert table.is_contiguous()
     return table.stride(0) if table.shape[0] > 1 else 0
 
@@ -256,7 +263,7 @@ def _table_stride(table: Tensor) -> int:
 def regrouped(x: Tensor, kv: int) -> Tensor:
     """[b, s, heads, d] as [b, kv, s, heads / kv, d]; see `rotated`."""
     batch, length, heads, d = x.shape
-    x = x if x.stride() == (length * x.stride(1), x.stride(1), d, 1) else x.contiguous()
+    x = tokens_apart(x)
     out = x.new_empty(batch, kv, length, heads // kv, d)
     sizes = (x.stride(1), batch, length, kv, heads // kv, d, 0)
     call("regroup", at(x), *map(_INT, sizes), at(out))

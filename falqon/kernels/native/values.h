@@ -151,4 +151,31 @@ static inline void quantize_parts(i64 parts, const bf16* const* x, const i64* wi
     }
 }
 
+// A head of d values rotated: a cos + rotate_half(a) sin, products and sum rounded as torch's
+// modules round them.
+static inline void rotate_head(const bf16* from, const bf16* cos, const bf16* sin, i64 d, bf16* to) {
+    i64 half = d / 2;
+#pragma omp simd
+    for (i64 i = 0; i < half; i++) {
+        float low = widen(from[i]), high = widen(from[half + i]);
+        to[i] = narrow(widen(narrow(low * widen(cos[i]))) + widen(narrow(-high * widen(sin[i]))));
+        to[half + i] = narrow(widen(narrow(high * widen(cos[half + i]))) +
+                              widen(narrow(low * widen(sin[half + i]))));
+    }
+}
+
+// The gradient of rotate_head's input.
+static inline void rotate_head_back(const bf16* from, const bf16* cos, const bf16* sin, i64 d,
+                                    bf16* to) {
+    i64 half = d / 2;
+#pragma omp simd
+    for (i64 i = 0; i < half; i++) {
+        float low = widen(from[i]), high = widen(from[half + i]);
+        to[i] = narrow(widen(narrow(low * widen(cos[i]))) +
+                       widen(narrow(high * widen(sin[half + i]))));
+        to[half + i] = narrow(widen(narrow(high * widen(cos[half + i]))) +
+                              widen(narrow(-low * widen(sin[i]))));
+    }
+}
+
 #endif

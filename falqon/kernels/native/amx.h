@@ -1,0 +1,296 @@
+// Blocks of matrix products on processors with AMX, and the layouts that they take.
+//
+// The right factor comes in panels of 32 columns, one behind the other, each k / 2 rows of 32 pairs
+// of values that follow each other in k. Sums run over k from first to last.
+
+#ifndef FALQON_AMX_H
+#define FALQON_AMX_H
+
+#include "values.h"
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__linux__)
+#define FALQON_HAS_AMX
+
+#include <immintrin.h>
+#include <omp.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static const i64 PANEL = 32;            // columns of a panel, rows of a block, k of a tile
+static const i64 AHEAD = 4096;          // bytes that panels are fetched ahead
+static const i64 LEFT = 5 << 18;        // bytes of the left factor that are multiplied with
+static const i64 RIGHT = 5 << 17;       // so many of the panels at a time: both stay in the cache
+
+static inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
+static inline i64 most(i64 a, i64 b) { return a > b ? a : b; }
+static inline i64 filled(i64 n) { return (n + PANEL - 1) / PANEL * PANEL; }
+
+// Tiles 0 to 3: a block of 32 x 32 sums; 4 and 5: 32 rows of the left factor; 6 and 7: a panel.
+struct Tiles {
+    Tiles() {
+        struct alignas(64) { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; }
+            config = {1, 0, {0}, {0}, {0}};
+        for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
+        asm volatile("" : : "r"(&config) : "memory");  // the intrinsic is said to read 8 bytes only
+        _tile_loadconfig(&config);
+    }
+    ~Tiles() { _tile_release(); }
+};
+
+// Left factor [rows, k], and panels of the right one.
+struct Product { const bf16* left; i64 stride; const bf16* panels; i64 k; };
+
+static inline void add_product(const Product& of, i64 row, i64 panel) {
+    const bf16 *a = of.left + row * of.stride, *b = of.panels + panel * of.k * PANEL;
+    i64 bytes = of.stride * 2;
+    for (i64 k = 0; k < of.k; k += PANEL, b += PANEL * PANEL) {
+        const char* next = reinterpret_cast<const char*>(b) + AHEAD;
+        _tile_loadd(4, a + k, bytes);
+        _tile_loadd(6, b, 128);
+        for (int i = 0; i < 8; i++) _mm_prefetch(next + i * 64, _MM_HINT_T0);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b + PANEL, 128);
+        for (int i = 8; i < 16; i++) _mm_prefetch(next + i * 64, _MM_HINT_T0);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, a + 16 * of.stride + k, bytes);
+        for (int i = 16; i < 24; i++) _mm_prefetch(next + i * 64, _MM_HINT_T0);
+        _tile_dpbf16ps(2, 5, 6);
+        for (int i = 24; i < 32; i++) _mm_prefetch(next + i * 64, _MM_HINT_T0);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+// The sums of a product's block, [32, 32].
+static inline void block(const Product& of, i64 row, i64 panel, float* sums) {
+    asm volatile("" : : : "memory");  // loads of tiles are not said to read memory
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    add_product(of, row, panel);
+    _tile_stored(0, sums, 128);
+    _tile_stored(1, sums + 16, 128);
+    _tile_stored(2, sums + 512, 128);
+    _tile_stored(3, sums + 528, 128);
+}
+
+// A product's first 32 rows and one panel, added to sums whose rows are `stride` apart.
+static inline void add_to(const Product& of, i64 panel, float* sums, i64 stride) {
+    asm volatile("" : : : "memory");
+    _tile_loadd(0, sums, stride * 4);
+    _tile_loadd(1, sums + 16, stride * 4);
+    _tile_loadd(2, sums + 16 * stride, stride * 4);
+    _tile_loadd(3, sums + 16 * stride + 16, stride * 4);
+    add_product(of, 0, panel);
+    _tile_stored(0, sums, stride * 4);
+    _tile_stored(1, sums + 16, stride * 4);
+    _tile_stored(2, sums + 16 * stride, stride * 4);
+    _tile_stored(3, sums + 16 * stride + 16, stride * 4);
+}
+
+// Call `end(row, panel)` for all blocks of rows [m0, m1) and panels [p0, p1), in an order in which
+// what they need of a product stays in the cache. The last block of rows is the last 32 rows.
+template <class End>
+static inline void for_blocks(const Product& of, i64 m0, i64 m1, i64 p0, i64 p1, End end) {
+    i64 rows = most(PANEL, LEFT / (of.k * 2) / PANEL * PANEL);
+    i64 panels = most(1, RIGHT / (of.k * 2 * PANEL));
+    for (i64 mb = m0; mb < m1; mb += rows)
+        for (i64 pb = p0; pb < p1; pb += panels)
+            for (i64 m = mb; m < least(mb + rows, m1); m += PANEL)
+                for (i64 p = pb; p < least(pb + panels, p1); p++) end(least(m, m1 - PANEL), p);
+}
+
+// What a thread multiplies: a part of the rows, and of the columns where threads are many.
+struct Share {
+    i64 m0, m1, part, parts;
+    Share(i64 tokens, i64 id, i64 threads) {
+        i64 blocks = tokens / PANEL, across = least(threads, blocks), at = id % across;
+        parts = threads / across, part = id / across;
+        m0 = blocks * at / across * PANEL;
+        m1 = at + 1 == across ? tokens : blocks * (at + 1) / across * PANEL;
+        if (part >= parts) m1 = m0;
+    }
+    i64 from(i64 panels) const { return panels * part / parts; }
+    i64 to(i64 panels) const { return panels * (part + 1) / parts; }
+};
+
+// 16 bfloat16 values of float32 ones: `narrow`.
+static inline __m256i narrowed(__m512 x) {
+    __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
+    __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    __m512i nan = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+    __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(is_nan, _mm512_srli_epi32(up, 16), nan));
+}
+
+static inline __m512i both(__m256i low, __m256i high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+// Rows of 32-bit values become columns.
+static inline void transpose(__m512i* r) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD);
+    }
+}
+
+// Two rows of 32 values as pairs, a value of each.
+static inline void pairs(__m512i a, __m512i b, __m512i* out) {
+    alignas(64) static const struct Order {
+        int16_t first[32], second[32];
+        Order() {
+            for (int16_t i = 0; i < 32; i++) {
+                first[i] = int16_t(i / 2 + i % 2 * 32);
+                second[i] = int16_t(first[i] + 16);
+            }
+        }
+    } order;
+    out[0] = _mm512_permutex2var_epi16(a, _mm512_load_si512(order.first), b);
+    out[1] = _mm512_permutex2var_epi16(a, _mm512_load_si512(order.second), b);
+}
+
+// Rows of merged codes of one layer, decoded by a table; those from `rows` on are zero.
+struct Codes {
+    const uint8_t* codes;
+    i64 rows, columns;
+    __m512i table[4];
+    Codes(const uint8_t* codes, i64 rows, i64 columns, float scale)
+        : codes(codes), rows(rows), columns(columns) {
+        alignas(64) bf16 values[128];
+        for (int i = 0; i < 128; i++) values[i] = decoded(uint8_t(i), 1.0f / scale);
+        for (int i = 0; i < 4; i++) table[i] = _mm512_load_si512(values + 32 * i);
+    }
+    __m256i bytes(i64 row, i64 column) const {
+        if (row >= rows) return _mm256_setzero_si256();
+        const uint8_t* at = codes + row * columns + column;
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+    }
+    __m512i values(__m256i bytes) const {
+        __m512i code = _mm512_cvtepu8_epi16(bytes), sign = _mm512_set1_epi16(0x80);
+        __m512i low = _mm512_permutex2var_epi16(table[0], code, table[1]);
+        __m512i high = _mm512_permutex2var_epi16(table[2], code, table[3]);
+        __mmask32 is_high = _mm512_test_epi16_mask(code, _mm512_set1_epi16(0x40));
+        __m512i minus = _mm512_slli_epi16(_mm512_and_si512(code, sign), 8);
+        return _mm512_or_si512(_mm512_mask_blend_epi16(is_high, low, high), minus);
+    }
+    __m512i load(i64 row, i64 column) const { return values(bytes(row, column)); }
+    void load_pairs(i64 row, i64 column, __m512i* out) const {
+        __m256i a = bytes(row, column), b = bytes(row + 1, column);
+        __m256i low = _mm256_unpacklo_epi8(a, b), high = _mm256_unpackhi_epi8(a, b);
+        out[0] = values(_mm256_permute2x128_si256(low, high, 0x20));
+        out[1] = values(_mm256_permute2x128_si256(low, high, 0x31));
+    }
+};
+
+// B times the LoRA scaling, rounded; columns from the rank on are zero.
+struct Proxy {
+    const float* at;
+    i64 rank;
+    float factor;
+    __m256i half(i64 row, i64 column) const {
+        i64 there = most(0, least(16, rank - column));
+        __m512 x = _mm512_maskz_loadu_ps(__mmask16((1u << there) - 1u), at + row * rank + column);
+        return narrowed(factor == 1.0f ? x : _mm512_mul_ps(x, _mm512_set1_ps(factor)));
+    }
+    __m512i load(i64 row, i64 column) const { return both(half(row, column), half(row, column + 16)); }
+    void load_pairs(i64 row, i64 column, __m512i* out) const {
+        pairs(load(row, column), load(row + 1, column), out);
+    }
+};
+
+// Rows of 16-bit values; there are none from `rows` and `columns` on.
+struct Plain {
+    const bf16* at;
+    i64 stride, rows, columns;
+    __m512i load(i64 row, i64 column) const {
+        if (row >= rows || column >= columns) return _mm512_setzero_si512();
+        i64 there = least(PANEL, columns - column);
+        __mmask32 mask = __mmask32((uint64_t(1) << there) - 1u);
+        return _mm512_maskz_loadu_epi16(mask, at + row * stride + column);
+    }
+    void load_pairs(i64 row, i64 column, __m512i* out) const {
+        pairs(load(row, column), load(row + 1, column), out);
+    }
+};
+
+// A panel whose columns are 32 rows of the source, from `row` on, and whose k are `k` columns.
+template <class Source>
+static inline void pack_rows(const Source& source, i64 row, i64 k, bf16* panel) {
+    for (i64 column = 0; column < k; column += PANEL)
+        for (i64 half = 0; half < 2; half++) {
+            __m512i r[16];
+            for (i64 i = 0; i < 16; i++) r[i] = source.load(row + half * 16 + i, column);
+            transpose(r);
+            bf16* to = panel + column * PANEL + half * PANEL;
+            for (i64 i = 0; i < 16; i++) _mm512_store_si512(to + i * 2 * PANEL, r[i]);
+        }
+}
+
+// A panel whose columns are 32 columns of the source, and whose k are `k` rows from its first on.
+template <class Source>
+static inline void pack_columns(const Source& source, i64 column, i64 k, bf16* panel) {
+    for (i64 row = 0; row < k; row += 2, panel += 2 * PANEL) {
+        __m512i two[2];
+        source.load_pairs(row, column, two);
+        _mm512_store_si512(panel, two[0]);
+        _mm512_store_si512(panel + PANEL, two[1]);
+    }
+}
+
+// 16 columns of the source, from `column` on, as rows of `k` values.
+static inline void transpose_columns(const Plain& source, i64 column, i64 k, bf16* out) {
+    for (i64 row = 0; row < k; row += PANEL) {
+        __m512i r[16], two[2];
+        for (i64 i = 0; i < 16; i++) {
+            source.load_pairs(row + 2 * i, column, two);
+            r[i] = two[0];
+        }
+        transpose(r);
+        for (i64 i = 0; i < 16; i++) _mm512_store_si512(out + i * k + row, r[i]);
+    }
+}
+
+// sums + what was rounded to bfloat16 before, rounded.
+static inline void write_sum(const float* sums, const float* onto, bf16* to, i64 stride) {
+    for (i64 i = 0; i < PANEL; i++)
+#pragma omp simd
+        for (i64 j = 0; j < PANEL; j++)
+            to[i * stride + j] =
+                narrow(sums[i * PANEL + j] + widen(narrow(onto[i * PANEL + j])));
+}
+
+static inline void write(const float* sums, bf16* to, i64 stride) {
+    for (i64 i = 0; i < PANEL; i++)
+#pragma omp simd
+        for (i64 j = 0; j < PANEL; j++) to[i * stride + j] = narrow(sums[i * PANEL + j]);
+}
+
+static i64 sum_of(const i64* values, i64 count) {
+    i64 sum = 0;
+    for (i64 i = 0; i < count; i++) sum += values[i];
+    return sum;
+}
+
+#endif
+#endif

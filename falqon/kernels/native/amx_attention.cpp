@@ -1,0 +1,302 @@
+// Causal attention on processors with AMX, rotary embedding included: one call a direction.
+//
+// Scores and probabilities are rounded to bfloat16, softmax and all sums are in float32. A query
+// sees consecutive keys; panels of 32 keys that none of a chunk's queries sees are left out. Nothing
+// of the size of the scores is kept: backward makes them again. What a head of keys gets is one
+// thread's work, so that results do not depend on the number of threads.
+//
+// The rows of a head of keys are its queries, those of the heads that share it side by side.
+
+#include "amx.h"
+
+#ifdef FALQON_HAS_AMX
+
+static const i64 CHUNK = 128;  // rows that are worked on at a time
+
+// exponential() of 16 values.
+static inline __m512 exponentials(__m512 x) {
+    // NaN, the second operand, stays NaN.
+    x = _mm512_min_ps(_mm512_set1_ps(88.722f), x);
+    x = _mm512_max_ps(_mm512_set1_ps(-87.33654f), x);
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
+    __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693359375f), x);
+    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+    return _mm512_scalef_ps(p, n);
+}
+
+// Which of the 16 values from `at` on are in [start, end).
+static inline __mmask16 within(i64 at, i64 start, i64 end) {
+    uint32_t low = at >= start ? 0xFFFFu : start - at > 15 ? 0u : 0xFFFFu << (start - at);
+    uint32_t high = at + 16 <= end ? 0xFFFFu : at >= end ? 0u : (1u << (end - at)) - 1u;
+    return __mmask16(low & high);
+}
+
+static inline __m512 widened(const bf16* x) {
+    __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+static inline void put(__m512 x, bf16* to) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrowed(x));
+}
+
+// Softmax of factor * row over [start, end), in place; zero elsewhere. `n` is a multiple of 16.
+static inline void softmax(bf16* row, i64 n, i64 start, i64 end, float factor, float* kept) {
+    const __m512 none = _mm512_set1_ps(-__builtin_inff()), scale = _mm512_set1_ps(factor);
+    __m512 largest = none, sum = _mm512_setzero_ps();
+    for (i64 i = 0; i < n; i += 16) {
+        __m512 x = _mm512_mask_mov_ps(none, within(i, start, end), widened(row + i));
+        _mm512_store_ps(kept + i, x);
+        largest = _mm512_max_ps(largest, x);
+    }
+    if (start >= end) {  // a query that sees nothing, as of padding
+        std::memset(row, 0, size_t(n) * 2);
+        return;
+    }
+    const __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(largest) * factor);
+    for (i64 i = 0; i < n; i += 16) {
+        __m512 x = _mm512_fmsub_ps(_mm512_load_ps(kept + i), scale, shift);
+        x = _mm512_maskz_mov_ps(within(i, start, end), exponentials(x));
+        _mm512_store_ps(kept + i, x);
+        sum = _mm512_add_ps(sum, x);
+    }
+    const __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(sum));
+    for (i64 i = 0; i < n; i += 16) put(_mm512_mul_ps(_mm512_load_ps(kept + i), inverse), row + i);
+}
+
+// Gradient of the scores before their factor, p (dp - sum(p dp)) factor, into dp.
+static inline void softmax_grad(const bf16* p, bf16* dp, i64 n, float factor) {
+    __m512 sum = _mm512_setzero_ps();
+    for (i64 i = 0; i < n; i += 16) sum = _mm512_fmadd_ps(widened(p + i), widened(dp + i), sum);
+    const __m512 along = _mm512_set1_ps(_mm512_reduce_add_ps(sum)), scale = _mm512_set1_ps(factor);
+    for (i64 i = 0; i < n; i += 16) {
+        __m512 x = _mm512_mul_ps(widened(p + i), _mm512_sub_ps(widened(dp + i), along));
+        put(_mm512_mul_ps(x, scale), dp + i);
+    }
+}
+
+// Sizes, and which keys are seen.
+struct Shape {
+    i64 batch, length, kv, group, d;
+    const int32_t *first, *last;
+    i64 rows() const { return length * group; }         // of a head of keys
+    i64 whole_rows() const { return filled(rows()); }   // with zeros behind them
+    i64 keys() const { return filled(length); }
+};
+
+// The keys that some of the rows from `row` on see, as whole panels.
+struct Span {
+    i64 low, high;
+    Span(const Shape& of, i64 b, i64 row, i64 count) : low(of.length), high(0) {
+        i64 end = least(row + count, of.rows());
+        for (i64 q = row / of.group; q * of.group < end; q++) {
+            i64 from = of.first[b * of.length + q], to = of.last[b * of.length + q];
+            if (to > from) low = least(low, from), high = most(high, to);
+        }
+        low = low / PANEL * PANEL;
+        high = most(low, filled(high));
+    }
+};
+
+// Probabilities of 32 rows, [32, span]: rows of queries times keys, and softmax.
+static inline void probabilities(const Shape& of, i64 b, const bf16* query, const bf16* key_rows,
+                                 i64 row, Span span, float factor, bf16* p, i64 stride,
+                                 float* kept, float* sums) {
+    const Product scores = {query, of.d, key_rows, of.d};
+    for (i64 k = span.low; k < span.high; k += PANEL) {
+        block(scores, row, k / PANEL, sums);
+        write(sums, p + k - span.low, stride);
+    }
+    for (i64 i = 0; i < PANEL; i++) {
+        i64 at = b * of.length + (row + i) / of.group;
+        bool there = row + i < of.rows();
+        i64 start = there ? of.first[at] - span.low : 0, end = there ? of.last[at] - span.low : 0;
+        softmax(p + i * stride, span.high - span.low, start, end, factor, kept);
+    }
+}
+
+// [rows, d] of a head: every row one of `per_query` of a query, from [b, s, heads, d].
+struct Heads {
+    bf16* at;
+    i64 stride, d, group;  // between tokens
+    bf16* row(const Shape& of, i64 b, i64 h, i64 r) const {
+        return at + (b * of.length + r / group) * stride + (h * group + r % group) * d;
+    }
+};
+
+extern "C" {
+
+// q, k, v: [b, s, heads, d], tokens apart; kept_q, kept_k: rotated, kept_v: [b, kv, rows, d], filled
+// up with zeros. out: [b, s, heads, d]. `work`: see attention.py.
+void falqon_amx_attention(const bf16* q, i64 q_stride, const bf16* k, i64 k_stride, const bf16* v,
+                          i64 v_stride, const bf16* cos, const bf16* sin, i64 table_stride,
+                          const int32_t* first, const int32_t* last, i64 batch, i64 length, i64 kv,
+                          i64 group, i64 d, float factor, bf16* kept_q, bf16* kept_k, bf16* kept_v,
+                          bf16* out, bf16* work) {
+    const Shape of = {batch, length, kv, group, d, first, last};
+    const i64 rows = of.whole_rows(), keys = of.keys(), heads = batch * kv;
+    bf16 *key_rows = work, *value_columns = key_rows + heads * keys * d;
+    bf16* scores = value_columns + heads * keys * d;
+    float* kept = reinterpret_cast<float*>(scores + omp_get_max_threads() * PANEL * keys);
+#pragma omp parallel
+    {
+        const i64 id = omp_get_thread_num();
+#pragma omp for schedule(static)
+        for (i64 head = 0; head < heads; head++) {
+            const i64 b = head / kv, h = head % kv;
+            const Heads queries = {const_cast<bf16*>(q), q_stride, d, group};
+            const Heads of_keys = {const_cast<bf16*>(k), k_stride, d, 1};
+            const Heads values = {const_cast<bf16*>(v), v_stride, d, 1};
+            bf16 *to_q = kept_q + head * rows * d, *to_k = kept_k + head * keys * d;
+            bf16* to_v = kept_v + head * keys * d;
+            for (i64 r = 0; r < of.rows(); r++) {
+                const i64 at = b * table_stride + r / group * d;
+                rotate_head(queries.row(of, b, h, r), cos + at, sin + at, d, to_q + r * d);
+            }
+            for (i64 s = 0; s < length; s++) {
+                const i64 at = b * table_stride + s * d;
+                rotate_head(of_keys.row(of, b, h, s), cos + at, sin + at, d, to_k + s * d);
+                std::memcpy(to_v + s * d, values.row(of, b, h, s), size_t(d) * 2);
+            }
+            std::memset(to_q + of.rows() * d, 0, size_t((rows - of.rows()) * d) * 2);
+            std::memset(to_k + length * d, 0, size_t((keys - length) * d) * 2);
+            std::memset(to_v + length * d, 0, size_t((keys - length) * d) * 2);
+            const Plain of_k = {to_k, d, keys, d}, of_v = {to_v, d, keys, d};
+            for (i64 s = 0; s < keys; s += PANEL)
+                pack_rows(of_k, s, d, key_rows + (head * keys + s) * d);
+            for (i64 c = 0; c < d; c += PANEL)
+                pack_columns(of_v, c, keys, value_columns + (head * d + c) * keys);
+        }
+        Tiles tiles;
+        alignas(64) float sums[PANEL * PANEL];
+        bf16* p = scores + id * PANEL * keys;
+#pragma omp for schedule(dynamic)
+        for (i64 task = 0; task < heads * (rows / PANEL); task++) {
+            const i64 head = task / (rows / PANEL), row = task % (rows / PANEL) * PANEL, b = head / kv;
+            const Span span(of, b, row, PANEL);
+            const i64 wide = span.high - span.low;
+            probabilities(of, b, kept_q + head * rows * d, key_rows + head * keys * d, row, span,
+                          factor, p, wide, kept + id * keys, sums);
+            const Heads to = {out, kv * group * d, d, group};
+            for (i64 c = 0; c < d; c += PANEL) {
+                const bf16* panel = value_columns + (head * d + c) * keys + span.low * PANEL;
+                const Product weighted = {p, wide, panel, wide};
+                block(weighted, 0, 0, sums);
+                for (i64 i = 0; i < least(PANEL, of.rows() - row); i++)
+                    for (i64 j = 0; j < PANEL; j += 16)
+                        put(_mm512_load_ps(sums + i * PANEL + j),
+                            to.row(of, b, head % kv, row + i) + c + j);
+            }
+        }
+    }
+}
+
+// Gradients of q, k and v, [b, s, heads, d], from that of the output.
+void falqon_amx_attention_grad(const bf16* grad, i64 grad_stride, const bf16* kept_q,
+                               const bf16* kept_k, const bf16* kept_v, const bf16* cos,
+                               const bf16* sin, i64 table_stride, const int32_t* first,
+                               const int32_t* last, i64 batch, i64 length, i64 kv, i64 group, i64 d,
+                               float factor, bf16* grad_q, bf16* grad_k, bf16* grad_v, bf16* work) {
+    const Shape of = {batch, length, kv, group, d, first, last};
+    const i64 rows = of.whole_rows(), keys = of.keys(), heads = batch * kv;
+    const i64 own = 3 * keys * d + 2 * CHUNK * keys + 2 * PANEL * CHUNK + 3 * CHUNK * d +
+                    2 * (2 * keys * d + keys);
+#pragma omp parallel
+    {
+        // What a thread needs: panels of k and v, probabilities and their gradients, those of 32 keys
+        // with rows for columns, gradients of the output and panels of them and of q; sums.
+        bf16* key_rows = work + omp_get_thread_num() * own;
+        bf16 *key_columns = key_rows + keys * d, *value_rows = key_columns + keys * d;
+        bf16 *p = value_rows + keys * d, *dp = p + CHUNK * keys;
+        bf16 *p_across = dp + CHUNK * keys, *dp_across = p_across + PANEL * CHUNK;
+        bf16 *g = dp_across + PANEL * CHUNK, *g_columns = g + CHUNK * d;
+        bf16* q_columns = g_columns + CHUNK * d;
+        float* sum_k = reinterpret_cast<float*>(q_columns + CHUNK * d);
+        float *sum_v = sum_k + keys * d, *kept = sum_v + keys * d;
+        alignas(64) float sums[PANEL * PANEL];
+        Tiles tiles;
+#pragma omp for schedule(dynamic)
+        for (i64 head = 0; head < heads; head++) {
+            const i64 b = head / kv, h = head % kv;
+            const bf16 *q = kept_q + head * rows * d, *k = kept_k + head * keys * d;
+            const Plain of_k = {k, d, keys, d}, of_v = {kept_v + head * keys * d, d, keys, d};
+            for (i64 s = 0; s < keys; s += PANEL) {
+                pack_rows(of_k, s, d, key_rows + s * d);
+                pack_rows(of_v, s, d, value_rows + s * d);
+            }
+            for (i64 c = 0; c < d; c += PANEL) pack_columns(of_k, c, keys, key_columns + c * keys);
+            std::memset(sum_k, 0, size_t(2 * keys * d) * 4);
+            const Heads grads = {const_cast<bf16*>(grad), grad_stride, d, group};
+            const Heads to_q = {grad_q, kv * group * d, d, group};
+            for (i64 start = 0; start < rows; start += CHUNK) {
+                const i64 count = least(CHUNK, rows - start);
+                const Span span(of, b, start, count);
+                const i64 wide = span.high - span.low;
+                for (i64 i = 0; i < count; i++) {
+                    if (start + i < of.rows())
+                        std::memcpy(g + i * d, grads.row(of, b, h, start + i), size_t(d) * 2);
+                    else std::memset(g + i * d, 0, size_t(d) * 2);
+                }
+                const Plain of_g = {g, d, count, d}, of_q = {q + start * d, d, count, d};
+                for (i64 c = 0; c < d; c += PANEL) {
+                    pack_columns(of_g, c, count, g_columns + c * count);
+                    pack_columns(of_q, c, count, q_columns + c * count);
+                }
+                for (i64 m = 0; m < count; m += PANEL) {
+                    bf16 *to_p = p + m * wide, *to_dp = dp + m * wide;
+                    probabilities(of, b, q, key_rows, start + m, span, factor, to_p, wide, kept, sums);
+                    const Product of_p = {g, d, value_rows, d};
+                    for (i64 s = span.low; s < span.high; s += PANEL) {
+                        block(of_p, m, s / PANEL, sums);
+                        write(sums, to_dp + s - span.low, wide);
+                    }
+                    for (i64 i = 0; i < PANEL; i++)
+                        softmax_grad(to_p + i * wide, to_dp + i * wide, wide, factor);
+                    for (i64 c = 0; c < d; c += PANEL) {
+                        const Product of_q = {to_dp, wide, key_columns + c * keys + span.low * PANEL, wide};
+                        block(of_q, 0, 0, sums);
+                        write(sums, g + m * d + c, d);  // the gradient is in its panels by now
+                    }
+                }
+                for (i64 i = 0; i < least(count, of.rows() - start); i++) {
+                    const i64 at = b * table_stride + (start + i) / group * d;
+                    rotate_head_back(g + i * d, cos + at, sin + at, d,
+                                     to_q.row(of, b, h, start + i));
+                }
+                const Plain all_p = {p, wide, count, wide}, all_dp = {dp, wide, count, wide};
+                for (i64 s = span.low; s < span.high; s += PANEL) {
+                    for (i64 half = 0; half < PANEL; half += 16) {
+                        transpose_columns(all_p, s - span.low + half, count, p_across + half * count);
+                        transpose_columns(all_dp, s - span.low + half, count, dp_across + half * count);
+                    }
+                    const Product of_v = {p_across, count, g_columns, count};
+                    const Product of_k = {dp_across, count, q_columns, count};
+                    for (i64 c = 0; c < d; c += PANEL) {
+                        add_to(of_v, c / PANEL, sum_v + s * d + c, d);
+                        add_to(of_k, c / PANEL, sum_k + s * d + c, d);
+                    }
+                }
+            }
+            const Heads to_k = {grad_k, kv * d, d, 1}, to_v = {grad_v, kv * d, d, 1};
+            for (i64 s = 0; s < length; s++) {
+                const i64 at = b * table_stride + s * d;
+                bf16* rounded = g;
+                for (i64 c = 0; c < d; c += 16) {
+                    put(_mm512_loadu_ps(sum_k + s * d + c), rounded + c);
+                    put(_mm512_loadu_ps(sum_v + s * d + c), to_v.row(of, b, h, s) + c);
+                }
+                rotate_head_back(rounded, cos + at, sin + at, d, to_k.row(of, b, h, s));
+            }
+        }
+    }
+}
+}
+
+#endif
