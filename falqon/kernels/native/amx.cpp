@@ -8,6 +8,8 @@
 
 #ifdef FALQON_HAS_AMX
 
+static const i64 TOGETHER = 6;  // panels of gradients that are read at a time
+
 extern "C" {
 
 // Whether the processor has AMX and the system lets this process use it.
@@ -86,9 +88,9 @@ void falqon_amx_backward(i64 layers, const bf16* const* grads, const i64* stride
     const i64 wide = filled(rank), thin = layers * wide, out = sum_of(outs, layers);
     const i64 whole = filled(tokens);
     bf16 *of_weights = work, *of_adapters = of_weights + out * in;
-    bf16 *of_proxies = of_adapters + thin * in, *left = of_proxies + out * wide;
-    bf16 *inner = left + tokens * out, *columns = inner + tokens * thin;
-    bf16* own = columns + thin * whole;
+    const i64 at_a_time = least(rows_at_a_time(out), filled(tokens)) + PANEL;
+    bf16 *of_proxies = of_adapters + thin * in, *columns = of_proxies + out * wide;
+    bf16* of_threads = columns + thin * whole;
 #pragma omp parallel
     {
         const i64 id = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -112,18 +114,6 @@ void falqon_amx_backward(i64 layers, const bf16* const* grads, const i64* stride
                     if (turn++ % threads == id)
                         pack_columns(pending, n, outs[l], of_proxies + row * wide + n * outs[l]);
             }
-            float units[layers];
-            for (i64 l = 0; l < layers; l++) units[l] = *scales[0] / *scales[l];
-#pragma omp for schedule(static)
-            for (i64 t = 0; t < tokens; t++) {
-                bf16* to = left + t * out;
-                if (rounded) {
-                    quantize_parts(layers, grads, outs, strides, units, t, E5M2, to);
-                    continue;
-                }
-                for (i64 l = 0; l < layers; to += outs[l], l++)
-                    std::memcpy(to, grads[l] + t * strides[l], size_t(outs[l]) * 2);
-            }
         }
         for (i64 l = 0; l < layers; l++) {
             if (!grad_proxies[l]) continue;
@@ -134,42 +124,48 @@ void falqon_amx_backward(i64 layers, const bf16* const* grads, const i64* stride
         }
 #pragma omp barrier
         Tiles tiles;
-        if (grad_input && proxies) {
-            i64 row = 0;
-            for (i64 l = 0; l < layers; row += outs[l], l++) {
-                const Product of = {grads[l], strides[l], of_proxies + row * wide, outs[l]};
-                const i64 panels = wide / PANEL;
-                for_blocks(of, share.m0, share.m1, share.from(panels), share.to(panels),
-                           [&](i64 m, i64 p) {
+        float units[layers];
+        for (i64 l = 0; l < layers; l++) units[l] = *scales[0] / *scales[l];
+        bf16* left = of_threads + id * (most(at_a_time * (out + thin), whole * TOGETHER * PANEL));
+        bf16* inner = left + at_a_time * out;
+        for (i64 m0 = share.m0, m1; grad_input && m0 < share.m1; m0 = m1) {
+            m1 = share.m1 - m0 < at_a_time ? share.m1 : m0 + at_a_time - PANEL;
+            for (i64 t = m0; t < m1; t++) {
+                bf16* to = left + (t - m0) * out;
+                if (rounded) quantize_parts(layers, grads, outs, strides, units, t, E5M2, to);
+                else for (i64 l = 0; l < layers; to += outs[l], l++)
+                    std::memcpy(to, grads[l] + t * strides[l], size_t(outs[l]) * 2);
+            }
+            for (i64 l = 0, row = 0; proxies && l < layers; row += outs[l], l++) {
+                const bf16* grad = grads[l] + m0 * strides[l];
+                const Product of = {grad, strides[l], of_proxies + row * wide, outs[l]};
+                for_blocks(of, 0, m1 - m0, 0, wide / PANEL, [&](i64 m, i64 p) {
                     block(of, m, p, sums);
                     write(sums, inner + m * thin + l * wide + p * PANEL, thin);
                 });
             }
-        }
-#pragma omp barrier
-        if (grad_input) {
             const Product backbone = {left, out, of_weights, out}, pending = {inner, thin, of_adapters, thin};
             const i64 panels = in / PANEL;
-            for_blocks(backbone, share.m0, share.m1, share.from(panels), share.to(panels),
-                       [&](i64 m, i64 p) {
-                bf16* to = grad_input + m * in + p * PANEL;
+            for_blocks(backbone, 0, m1 - m0, share.from(panels), share.to(panels), [&](i64 m, i64 p) {
+                bf16* to = grad_input + (m0 + m) * in + p * PANEL;
                 if (proxies) block(pending, m, p, onto);
                 block(backbone, m, p, sums);
                 if (proxies) write_sum(sums, onto, to, in);
                 else write(sums, to, in);
             });
         }
-        bf16* panel = own + id * whole * PANEL;
-        turn = 0;
+        bf16* panels = left;
         for (i64 l = 0; l < layers; l++) {
             if (!grad_proxies[l]) continue;
             const Plain grad = {grads[l], strides[l], tokens, outs[l]};
-            for (i64 n = 0; n < outs[l]; n += PANEL) {
-                if (turn++ % threads != id) continue;
-                pack_columns(grad, n, whole, panel);
-                const Product of = {columns + l * wide * whole, whole, panel, whole};
-                for (i64 r = 0; r < wide; r += PANEL) {
-                    block(of, r, 0, sums);
+            const i64 all = outs[l] / PANEL, end = all * (id + 1) / threads * PANEL;
+            for (i64 begin = all * id / threads * PANEL; begin < end; begin += TOGETHER * PANEL) {
+                const i64 count = least(TOGETHER, (end - begin) / PANEL);
+                pack_columns(grad, begin, whole, panels, count);
+                const Product of = {columns + l * wide * whole, whole, panels, whole};
+                for (i64 p = 0; p < count; p++) for (i64 r = 0; r < wide; r += PANEL) {
+                    const i64 n = begin + p * PANEL;
+                    block(of, r, p, sums);
                     for (i64 quarter = 0; quarter < 4; quarter++) {
                         i64 down = quarter / 2 * 16, across = quarter % 2 * 16;
                         i64 there = most(0, least(16, rank - r - down));
@@ -178,8 +174,7 @@ void falqon_amx_backward(i64 layers, const bf16* const* grads, const i64* stride
                             t[i] = _mm512_load_si512(sums + (down + i) * PANEL + across);
                         transpose(t);
                         for (i64 i = 0; i < 16; i++) {
-                            __m512i bits = _mm512_cvtepu16_epi32(narrowed(_mm512_castsi512_ps(t[i])));
-                            __m512 value = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+                            __m512 value = widened(narrowed(_mm512_castsi512_ps(t[i])));
                             float* to = grad_proxies[l] + (n + across + i) * rank + r + down;
                             _mm512_mask_storeu_ps(to, __mmask16((1u << there) - 1u),
                                                   _mm512_mul_ps(value, _mm512_set1_ps(factors[l])));

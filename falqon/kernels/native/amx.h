@@ -8,7 +8,8 @@
 
 #include "values.h"
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__linux__)
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BW__) && \
+    defined(__AVX512BF16__) && defined(__linux__)
 #define FALQON_HAS_AMX
 
 #include <immintrin.h>
@@ -18,7 +19,7 @@
 
 static const i64 PANEL = 32;            // columns of a panel, rows of a block, k of a tile
 static const i64 AHEAD = 4096;          // bytes that panels are fetched ahead
-static const i64 LEFT = 5 << 18;        // bytes of the left factor that are multiplied with
+static const i64 LEFT = 3 << 18;        // bytes of the left factor that are multiplied with
 static const i64 RIGHT = 5 << 17;       // so many of the panels at a time: both stay in the cache
 
 static inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
@@ -88,11 +89,14 @@ static inline void add_to(const Product& of, i64 panel, float* sums, i64 stride)
     _tile_stored(3, sums + 16 * stride + 16, stride * 4);
 }
 
+// How many rows of a left factor are multiplied at a time.
+static inline i64 rows_at_a_time(i64 k) { return most(PANEL, LEFT / (k * 2) / PANEL * PANEL); }
+
 // Call `end(row, panel)` for all blocks of rows [m0, m1) and panels [p0, p1), in an order in which
 // what they need of a product stays in the cache. The last block of rows is the last 32 rows.
 template <class End>
 static inline void for_blocks(const Product& of, i64 m0, i64 m1, i64 p0, i64 p1, End end) {
-    i64 rows = most(PANEL, LEFT / (of.k * 2) / PANEL * PANEL);
+    i64 rows = rows_at_a_time(of.k);
     i64 panels = most(1, RIGHT / (of.k * 2 * PANEL));
     for (i64 mb = m0; mb < m1; mb += rows)
         for (i64 pb = p0; pb < p1; pb += panels)
@@ -114,18 +118,18 @@ struct Share {
     i64 to(i64 panels) const { return panels * (part + 1) / parts; }
 };
 
-// 16 bfloat16 values of float32 ones: `narrow`.
-static inline __m256i narrowed(__m512 x) {
-    __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
-    __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-    __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-    __m512i nan = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
-    __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(is_nan, _mm512_srli_epi32(up, 16), nan));
+// bfloat16 values of float32 ones: `narrow`, but that numbers below 2^-126 become zero, as they do in
+// the products.
+static inline __m256i narrowed(__m512 x) { return __m256i(_mm512_cvtneps_pbh(x)); }
+static inline __m512i narrowed(__m512 low, __m512 high) {
+    return __m512i(_mm512_cvtne2ps_pbh(high, low));
 }
 
-static inline __m512i both(__m256i low, __m256i high) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+static inline __m512 widened(__m256i x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+static inline __m512 widened(const bf16* x) {
+    return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
 
 // Rows of 32-bit values become columns.
@@ -208,12 +212,14 @@ struct Proxy {
     const float* at;
     i64 rank;
     float factor;
-    __m256i half(i64 row, i64 column) const {
+    __m512 half(i64 row, i64 column) const {
         i64 there = most(0, least(16, rank - column));
         __m512 x = _mm512_maskz_loadu_ps(__mmask16((1u << there) - 1u), at + row * rank + column);
-        return narrowed(factor == 1.0f ? x : _mm512_mul_ps(x, _mm512_set1_ps(factor)));
+        return _mm512_mul_ps(x, _mm512_set1_ps(factor));
     }
-    __m512i load(i64 row, i64 column) const { return both(half(row, column), half(row, column + 16)); }
+    __m512i load(i64 row, i64 column) const {
+        return narrowed(half(row, column), half(row, column + 16));
+    }
     void load_pairs(i64 row, i64 column, __m512i* out) const {
         pairs(load(row, column), load(row + 1, column), out);
     }
@@ -247,15 +253,18 @@ static inline void pack_rows(const Source& source, i64 row, i64 k, bf16* panel) 
         }
 }
 
-// A panel whose columns are 32 columns of the source, and whose k are `k` rows from its first on.
+// Panels whose columns are those of the source from `column` on, and whose k are `k` rows from its
+// first on.
 template <class Source>
-static inline void pack_columns(const Source& source, i64 column, i64 k, bf16* panel) {
-    for (i64 row = 0; row < k; row += 2, panel += 2 * PANEL) {
-        __m512i two[2];
-        source.load_pairs(row, column, two);
-        _mm512_store_si512(panel, two[0]);
-        _mm512_store_si512(panel + PANEL, two[1]);
-    }
+static inline void pack_columns(const Source& source, i64 column, i64 k, bf16* panel,
+                                i64 panels = 1) {
+    for (i64 row = 0; row < k; row += 2, panel += 2 * PANEL)
+        for (i64 p = 0; p < panels; p++) {
+            __m512i two[2];
+            source.load_pairs(row, column + p * PANEL, two);
+            _mm512_store_si512(panel + p * k * PANEL, two[0]);
+            _mm512_store_si512(panel + p * k * PANEL + PANEL, two[1]);
+        }
 }
 
 // 16 columns of the source, from `column` on, as rows of `k` values.
@@ -271,19 +280,19 @@ static inline void transpose_columns(const Plain& source, i64 column, i64 k, bf1
     }
 }
 
-// sums + what was rounded to bfloat16 before, rounded.
+// sums + what is rounded to bfloat16 before, rounded.
 static inline void write_sum(const float* sums, const float* onto, bf16* to, i64 stride) {
-    for (i64 i = 0; i < PANEL; i++)
-#pragma omp simd
-        for (i64 j = 0; j < PANEL; j++)
-            to[i * stride + j] =
-                narrow(sums[i * PANEL + j] + widen(narrow(onto[i * PANEL + j])));
+    for (i64 i = 0; i < PANEL; i++, sums += PANEL, onto += PANEL, to += stride) {
+        __m512 low = _mm512_add_ps(_mm512_load_ps(sums), widened(narrowed(_mm512_load_ps(onto))));
+        __m512 high = _mm512_add_ps(_mm512_load_ps(sums + 16),
+                                    widened(narrowed(_mm512_load_ps(onto + 16))));
+        _mm512_storeu_si512(to, narrowed(low, high));
+    }
 }
 
 static inline void write(const float* sums, bf16* to, i64 stride) {
-    for (i64 i = 0; i < PANEL; i++)
-#pragma omp simd
-        for (i64 j = 0; j < PANEL; j++) to[i * stride + j] = narrow(sums[i * PANEL + j]);
+    for (i64 i = 0; i < PANEL; i++, sums += PANEL, to += stride)
+        _mm512_storeu_si512(to, narrowed(_mm512_load_ps(sums), _mm512_load_ps(sums + 16)));
 }
 
 static i64 sum_of(const i64* values, i64 count) {

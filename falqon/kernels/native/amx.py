@@ -18,7 +18,7 @@ from torch import Tensor
 from falqon.kernels.native import ops
 
 _INT = ctypes.c_int64
-_PANEL, _CHUNK = 32, 128  # of amx.h and amx_attention.cpp
+_PANEL, _LEFT, _TOGETHER, _CHUNK = 32, 3 << 18, 6, 128  # of amx.h, .cpp, amx_attention.cpp
 
 
 @lru_cache(maxsize=1)
@@ -126,8 +126,10 @@ def backward(
         grads[0].new_empty(n, rank, dtype=torch.float32) if want else None
         for n, want in zip(outs, want_proxies, strict=True)
     ]
-    size = (out + count * wide) * columns + out * wide + tokens * (out + count * wide)
-    work = grads[0].new_empty(size + (count * wide + torch.get_num_threads() * _PANEL) * whole)
+    rows = min(max(_PANEL, _LEFT // (2 * out) // _PANEL * _PANEL), whole) + _PANEL
+    own = max(rows * (out + count * wide), _TOGETHER * _PANEL * whole)
+    size = (out + count * wide) * columns + out * wide + count * wide * whole
+    work = grads[0].new_empty(size + torch.get_num_threads() * own)
     ops.call(
         "amx_backward",
         _INT(count),

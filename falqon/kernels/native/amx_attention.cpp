@@ -38,11 +38,6 @@ static inline __mmask16 within(i64 at, i64 start, i64 end) {
     return __mmask16(low & high);
 }
 
-static inline __m512 widened(const bf16* x) {
-    __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
 static inline void put(__m512 x, bf16* to) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrowed(x));
 }

@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX512BW__
+#include <immintrin.h>
+#endif
+
 typedef uint16_t bf16;
 typedef int64_t i64;
 
@@ -15,12 +19,11 @@ static inline float from_bits(uint32_t bits) { float x; std::memcpy(&x, &bits, 4
 static inline uint32_t to_bits(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
 static inline float widen(bf16 x) { return from_bits(uint32_t(x) << 16); }
 
-// Round to nearest, ties to even; NaN stays NaN.
+// Round to nearest, ties to even. NaN stays NaN: what arithmetic makes of 16-bit values has nothing
+// in its lower half that could carry over.
 static inline bf16 narrow(float x) {
     uint32_t bits = to_bits(x);
-    uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    uint32_t nan = (bits >> 16) | 0x40u;
-    return bf16((bits & 0x7FFFFFFFu) > 0x7F800000u ? nan : rounded);
+    return bf16((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
 
 // exp(x) for finite x: a relative error below 2e-7; 0 below -87, infinity from 88.7 up.
@@ -93,23 +96,90 @@ static inline float scale_of(uint32_t largest, float max) {
     return float(exact);
 }
 
+// Largest magnitude of a row, as bits.
 static inline uint32_t largest_of(const bf16* x, i64 n) {
     uint32_t largest = 0;
-#pragma omp simd reduction(max : largest)
-    for (i64 i = 0; i < n; i++) {
+    i64 i = 0;
+#ifdef __AVX512BW__
+    __m512i most = _mm512_setzero_si512();
+    for (; i + 32 <= n; i += 32) {
+        __m512i size = _mm512_and_si512(_mm512_loadu_si512(x + i), _mm512_set1_epi16(0x7FFF));
+        most = _mm512_max_epu16(most, size);
+    }
+    most = _mm512_max_epu16(most, _mm512_srli_epi32(most, 16));
+    largest = uint32_t(_mm512_reduce_max_epi32(_mm512_and_si512(most, _mm512_set1_epi32(0xFFFF))));
+#endif
+    for (; i < n; i++) {
         uint32_t size = x[i] & 0x7FFFu;
         largest = size > largest ? size : largest;
     }
     return largest;
 }
 
-// Q(x) / scale, times a factor; `to` may be x.
+// Q(x * factor * scale) / scale / factor, where x * factor is rounded to bfloat16; `to` may be x.
+static inline void round_row_simply(const bf16* x, i64 n, float scale, float factor, const Format f,
+                                    bf16* to) {
+    float inverse = 1.0f / scale, back = 1.0f / factor;
+#pragma omp simd
+    for (i64 i = 0; i < n; i++) {
+        float value = widen(narrow(widen(x[i]) * factor)) * scale;
+        to[i] = bf16(to_bits(round_fp8(value, f) * inverse * back) >> 16);
+    }
+}
+
+#ifdef __AVX512BW__
+// The same in 16-bit integers, 32 at a time: scales are powers of two, so a mantissa is rounded
+// alike whatever they are; what is subnormal in FP8 is rounded in float32. Scales and largest value
+// are far from what bfloat16 cannot hold.
+static inline void round_row_fast(const bf16* x, i64 n, float scale, const Format f, bf16* to) {
+    const float inverse = 1.0f / scale;
+    const int dropped = f.dropped - 16;
+    const __m512i size = _mm512_set1_epi16(0x7FFF), one = _mm512_set1_epi16(1);
+    const __m512i half = _mm512_set1_epi16(int16_t((1 << (dropped - 1)) - 1));
+    const __m512i kept = _mm512_set1_epi16(int16_t(-(1 << dropped)));
+    const __m512i limit = _mm512_set1_epi16(int16_t(to_bits(f.max * inverse) >> 16));
+    const __m512i below = _mm512_set1_epi16(int16_t((to_bits(f.smallest * inverse) >> 16) - 1));
+    const __m512i infinity = _mm512_set1_epi16(0x7F80), nan = _mm512_set1_epi16(0x7FC0);
+    const __m512 scales = _mm512_set1_ps(scale), inverses = _mm512_set1_ps(inverse);
+    const __m512 magic = _mm512_set1_ps(f.step_magic);
+    for (i64 i = 0; i < n; i += 32) {
+        const __mmask32 there = n - i < 32 ? (1u << (n - i)) - 1u : ~0u;
+        const __m512i bits = _mm512_maskz_loadu_epi16(there, x + i), m = _mm512_and_si512(bits, size);
+        const __m512i y = _mm512_min_epu16(m, limit);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(y, unsigned(dropped)), one);
+        __m512i r = _mm512_and_si512(_mm512_add_epi16(_mm512_add_epi16(y, half), odd), kept);
+        // Not zero, and below the smallest normal number.
+        const __mmask32 small = _mm512_cmplt_epu16_mask(_mm512_sub_epi16(m, one), below);
+        if (small) {
+            __m256i parts[2];
+            for (int k = 0; k < 2; k++) {
+                __m256i part = k ? _mm512_extracti64x4_epi64(m, 1) : _mm512_castsi512_si256(m);
+                __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16);
+                __m512 v = _mm512_mul_ps(_mm512_castsi512_ps(wide), scales);
+                v = _mm512_mul_ps(_mm512_sub_ps(_mm512_add_ps(v, magic), magic), inverses);
+                parts[k] = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16));
+            }
+            __m512i rounded = _mm512_inserti64x4(_mm512_castsi256_si512(parts[0]), parts[1], 1);
+            r = _mm512_mask_mov_epi16(r, small, rounded);
+        }
+        r = _mm512_mask_mov_epi16(r, _mm512_cmpgt_epu16_mask(m, infinity), nan);
+        r = _mm512_or_si512(r, _mm512_andnot_si512(size, bits));
+        _mm512_mask_storeu_epi16(to + i, there, r);
+    }
+}
+#endif
+
 static inline void round_row(const bf16* x, i64 n, float scale, float factor, const Format f,
                              bf16* to) {
-    float inverse = 1.0f / scale;
-#pragma omp simd
-    for (i64 i = 0; i < n; i++)
-        to[i] = bf16(to_bits(round_fp8(widen(x[i]) * scale, f) * inverse * factor) >> 16);
+#ifdef __AVX512BW__
+    const float most = 1.2676506e30f, both = scale * factor;  // 2^100
+    if (both < most && both > 1.0f / most && factor < most && factor > 1.0f / most &&
+        scale < most && scale > 1.0f / most) {
+        round_row_fast(x, n, both, f, to);
+        return;
+    }
+#endif
+    round_row_simply(x, n, scale, factor, f, to);
 }
 
 static inline void quantize_row(bf16* x, i64 n, const Format f) {
@@ -126,29 +196,20 @@ static inline bf16 decoded(uint8_t code, float factor) {
 }
 
 // A row of several tensors side by side, quantised with one scale for all of them. The values that
-// are rounded are those times their tensor's factor, which is taken back afterwards.
+// are rounded are those times their tensor's factor, a power of two, which is taken back afterwards.
 static inline void quantize_parts(i64 parts, const bf16* const* x, const i64* widths,
                                   const i64* strides, const float* factors, i64 t, const Format f,
                                   bf16* out) {
     bf16* to = out;
     uint32_t largest = 0;
-    for (i64 p = 0; p < parts; to += widths[p], p++) {
-        const bf16* from = x[p] + t * strides[p];
-        float factor = factors[p];
-        if (factor != 1.0f) {
-#pragma omp simd
-            for (i64 i = 0; i < widths[p]; i++) to[i] = narrow(widen(from[i]) * factor);
-            from = to;
-        }
-        uint32_t size = largest_of(from, widths[p]);
+    for (i64 p = 0; p < parts; p++) {
+        uint32_t size = largest_of(x[p] + t * strides[p], widths[p]);
+        size = narrow(widen(bf16(size)) * factors[p]);
         largest = size > largest ? size : largest;
     }
-    to = out;
     float scale = scale_of(largest, f.max);
-    for (i64 p = 0; p < parts; to += widths[p], p++) {
-        const bf16* from = factors[p] == 1.0f ? x[p] + t * strides[p] : to;
-        round_row(from, widths[p], scale, 1.0f / factors[p], f, to);
-    }
+    for (i64 p = 0; p < parts; to += widths[p], p++)
+        round_row(x[p] + t * strides[p], widths[p], scale, factors[p], f, to);
 }
 
 // A head of d values rotated: a cos + rotate_half(a) sin, products and sum rounded as torch's
