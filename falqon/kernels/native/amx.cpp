@@ -126,12 +126,14 @@ void falqon_amx_backward(i64 layers, const bf16* const* grads, const i64* stride
         Tiles tiles;
         float units[layers];
         for (i64 l = 0; l < layers; l++) units[l] = *scales[0] / *scales[l];
-        bf16* left = of_threads + id * (most(at_a_time * (out + thin), whole * TOGETHER * PANEL));
-        bf16* inner = left + at_a_time * out;
+        // Rows of `left` are a panel further apart than long: evenly apart, they would meet in the cache.
+        const i64 apart = out + PANEL;
+        bf16* left = of_threads + id * (most(at_a_time * (apart + thin), whole * TOGETHER * PANEL));
+        bf16* inner = left + at_a_time * apart;
         for (i64 m0 = share.m0, m1; grad_input && m0 < share.m1; m0 = m1) {
             m1 = share.m1 - m0 < at_a_time ? share.m1 : m0 + at_a_time - PANEL;
             for (i64 t = m0; t < m1; t++) {
-                bf16* to = left + (t - m0) * out;
+                bf16* to = left + (t - m0) * apart;
                 if (rounded) quantize_parts(layers, grads, outs, strides, units, t, E5M2, to);
                 else for (i64 l = 0; l < layers; to += outs[l], l++)
                     std::memcpy(to, grads[l] + t * strides[l], size_t(outs[l]) * 2);
@@ -144,7 +146,7 @@ void falqon_amx_backward(i64 layers, const bf16* const* grads, const i64* stride
                     write(sums, inner + m * thin + l * wide + p * PANEL, thin);
                 });
             }
-            const Product backbone = {left, out, of_weights, out}, pending = {inner, thin, of_adapters, thin};
+            const Product backbone = {left, apart, of_weights, out}, pending = {inner, thin, of_adapters, thin};
             const i64 panels = in / PANEL;
             for_blocks(backbone, 0, m1 - m0, share.from(panels), share.to(panels), [&](i64 m, i64 p) {
                 bf16* to = grad_input + (m0 + m) * in + p * PANEL;

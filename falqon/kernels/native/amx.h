@@ -75,14 +75,14 @@ static inline void block(const Product& of, i64 row, i64 panel, float* sums) {
     _tile_stored(3, sums + 528, 128);
 }
 
-// A product's first 32 rows and one panel, added to sums whose rows are `stride` apart.
-static inline void add_to(const Product& of, i64 panel, float* sums, i64 stride) {
+// A block of a product, added to sums whose rows are `stride` apart.
+static inline void add_to(const Product& of, i64 row, i64 panel, float* sums, i64 stride) {
     asm volatile("" : : : "memory");
     _tile_loadd(0, sums, stride * 4);
     _tile_loadd(1, sums + 16, stride * 4);
     _tile_loadd(2, sums + 16 * stride, stride * 4);
     _tile_loadd(3, sums + 16 * stride + 16, stride * 4);
-    add_product(of, 0, panel);
+    add_product(of, row, panel);
     _tile_stored(0, sums, stride * 4);
     _tile_stored(1, sums + 16, stride * 4);
     _tile_stored(2, sums + 16 * stride, stride * 4);
@@ -125,11 +125,8 @@ static inline __m512i narrowed(__m512 low, __m512 high) {
     return __m512i(_mm512_cvtne2ps_pbh(high, low));
 }
 
-static inline __m512 widened(__m256i x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-}
-static inline __m512 widened(const bf16* x) {
-    return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+static inline void put(__m512 x, bf16* to) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrowed(x));
 }
 
 // Rows of 32-bit values become columns.

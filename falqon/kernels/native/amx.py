@@ -18,7 +18,7 @@ from torch import Tensor
 from falqon.kernels.native import ops
 
 _INT = ctypes.c_int64
-_PANEL, _LEFT, _TOGETHER, _CHUNK = 32, 3 << 18, 6, 128  # of amx.h, .cpp, amx_attention.cpp
+_PANEL, _LEFT, _TOGETHER, _CHUNK = 32, 3 << 18, 6, 128  # of amx.h, .cpp and amx_attention.cpp
 
 
 @lru_cache(maxsize=1)
@@ -127,7 +127,7 @@ def backward(
         for n, want in zip(outs, want_proxies, strict=True)
     ]
     rows = min(max(_PANEL, _LEFT // (2 * out) // _PANEL * _PANEL), whole) + _PANEL
-    own = max(rows * (out + count * wide), _TOGETHER * _PANEL * whole)
+    own = max(rows * (out + _PANEL + count * wide), _TOGETHER * _PANEL * whole)
     size = (out + count * wide) * columns + out * wide + count * wide * whole
     work = grads[0].new_empty(size + torch.get_num_threads() * own)
     ops.call(

@@ -13,33 +13,11 @@
 
 static const i64 CHUNK = 128;  // rows that are worked on at a time
 
-// exponential() of 16 values.
-static inline __m512 exponentials(__m512 x) {
-    // NaN, the second operand, stays NaN.
-    x = _mm512_min_ps(_mm512_set1_ps(88.722f), x);
-    x = _mm512_max_ps(_mm512_set1_ps(-87.33654f), x);
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
-    __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693359375f), x);
-    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return _mm512_scalef_ps(p, n);
-}
-
 // Which of the 16 values from `at` on are in [start, end).
 static inline __mmask16 within(i64 at, i64 start, i64 end) {
     uint32_t low = at >= start ? 0xFFFFu : start - at > 15 ? 0u : 0xFFFFu << (start - at);
     uint32_t high = at + 16 <= end ? 0xFFFFu : at >= end ? 0u : (1u << (end - at)) - 1u;
     return __mmask16(low & high);
-}
-
-static inline void put(__m512 x, bf16* to) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrowed(x));
 }
 
 // Softmax of factor * row over [start, end), in place; zero elsewhere. `n` is a multiple of 16.
@@ -274,8 +252,8 @@ void falqon_amx_attention_grad(const bf16* grad, i64 grad_stride, const bf16* ke
                     const Product of_v = {p_across, count, g_columns, count};
                     const Product of_k = {dp_across, count, q_columns, count};
                     for (i64 c = 0; c < d; c += PANEL) {
-                        add_to(of_v, c / PANEL, sum_v + s * d + c, d);
-                        add_to(of_k, c / PANEL, sum_k + s * d + c, d);
+                        add_to(of_v, 0, c / PANEL, sum_v + s * d + c, d);
+                        add_to(of_k, 0, c / PANEL, sum_k + s * d + c, d);
                     }
                 }
             }

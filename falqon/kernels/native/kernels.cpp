@@ -113,10 +113,16 @@ void falqon_cross_entropy(bf16* logits, const i64* targets, i64 rows, i64 n, i64
         for (i64 i = 0; i < n; i++) largest = widen(row[i]) > largest ? widen(row[i]) : largest;
         // Parts of a row: a sum of tens of thousands of values in one go would lose digits.
         for (i64 start = 0; start < n; start += 1024) {
-            i64 end = start + 1024 < n ? start + 1024 : n;
+            i64 end = start + 1024 < n ? start + 1024 : n, i = start;
             float part = 0.0f;
-#pragma omp simd reduction(+ : part)
-            for (i64 i = start; i < end; i++) part += exponential(widen(row[i]) - largest);
+#ifdef __AVX512BW__
+            __m512 sums = _mm512_setzero_ps();
+            const __m512 shift = _mm512_set1_ps(largest);
+            for (; i + 16 <= end; i += 16)
+                sums = _mm512_add_ps(sums, exponentials(_mm512_sub_ps(widened(row + i), shift)));
+            part = _mm512_reduce_add_ps(sums);
+#endif
+            for (; i < end; i++) part += exponential(widen(row[i]) - largest);
             sum += part;
         }
         float at_target = widen(row[targets[t]]);
@@ -124,8 +130,15 @@ void falqon_cross_entropy(bf16* logits, const i64* targets, i64 rows, i64 n, i64
         losses[t] = log_sum + largest - at_target;
         if (!want_grad) continue;
         float inverse = 1.0f / sum, p = exponential(at_target - largest) * inverse;
-#pragma omp simd
-        for (i64 i = 0; i < n; i++) row[i] = narrow(exponential(widen(row[i]) - largest) * inverse);
+        i64 i = 0;
+#ifdef __AVX512BW__
+        const __m512 shift = _mm512_set1_ps(largest), factor = _mm512_set1_ps(inverse);
+        for (; i + 16 <= n; i += 16) {
+            __m512 e = exponentials(_mm512_sub_ps(widened(row + i), shift));
+            put_rounded(_mm512_mul_ps(e, factor), row + i);
+        }
+#endif
+        for (; i < n; i++) row[i] = narrow(exponential(widen(row[i]) - largest) * inverse);
         row[targets[t]] = narrow(p - 1.0f);
     }
 }

@@ -44,6 +44,44 @@ static inline float exponential(float x) {
     return x > 88.722f ? __builtin_inff() : y;
 }
 
+#ifdef __AVX512BW__
+// 16 values at a time: widen(), narrow() and exponential().
+static inline __m512 widened(__m256i x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+static inline __m512 widened(const bf16* x) {
+    return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+
+static inline __m256i rounded(__m512 x) {
+    __m512i bits = _mm512_castps_si512(x), half = _mm512_set1_epi32(0x7FFF);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, half));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+}
+
+static inline void put_rounded(__m512 x, bf16* to) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded(x));
+}
+
+static inline __m512 exponentials(__m512 x) {
+    // NaN, the second operand, stays NaN; from 88.73 up the last step overflows to infinity.
+    x = _mm512_min_ps(_mm512_set1_ps(89.0f), x);
+    x = _mm512_max_ps(_mm512_set1_ps(-87.33654f), x);
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
+    __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693359375f), x);
+    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+    return _mm512_scalef_ps(p, n);
+}
+#endif
+
 static const i64 KEPT = 4096;  // floats that a thread keeps on its stack
 static const i64 WIDEST = 16;  // of them in a vector register
 
