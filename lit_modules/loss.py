@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from falqon.groups import has_hooks
-from falqon.kernels.native import ops
+from falqon.kernels.native import amx, ops
 
 # Positions whose logits are in float32 at a time; in the backward pass they are computed again, so
 # that of all positions only the model's own 16-bit logits stay.
@@ -41,7 +41,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = part @ weight.t()
             total += ops.cross_entropy(logits, target, want).sum()
             if want:
-                grads.append(logits @ weight)
+                through = amx.dense_grad if amx.takes_dense(weight) else torch.mm
+                grads.append(through(logits, weight))
         if want:
             ctx.save_for_backward(torch.cat(grads))
         return total

@@ -19,7 +19,7 @@ i64 falqon_amx() {
 }
 
 // O_A_i = x A_i^T, side by side, and O_i = x W_i^T + O_A_i B_i^T. `work`: see amx.py.
-void falqon_amx_forward(i64 layers, const bf16* x, i64 tokens, i64 in, const uint8_t* const* codes,
+void falqon_amx_matmul(i64 layers, const bf16* x, i64 tokens, i64 in, const uint8_t* const* codes,
                         const float* const* scales, const i64* outs, i64 rank,
                         const float* const* proxies, const float* factors, bf16* const* results,
                         bf16* adapters, bf16* work) {
@@ -80,7 +80,7 @@ void falqon_amx_forward(i64 layers, const bf16* x, i64 tokens, i64 in, const uin
 }
 
 // dL/dx = Q(g) W + (g B) A over all layers, if wanted, and dL/dB_i = g_i^T O_A_i, where wanted.
-void falqon_amx_backward(i64 layers, const bf16* const* grads, const i64* strides, i64 tokens,
+void falqon_amx_matmul_grad(i64 layers, const bf16* const* grads, const i64* strides, i64 tokens,
                          i64 in, const uint8_t* const* codes, const float* const* scales,
                          const i64* outs, i64 rank, const float* const* proxies, const float* factors,
                          i64 rounded, const bf16* const* adapters, const i64* adapter_strides,

@@ -18,7 +18,8 @@ from torch import Tensor
 from falqon.kernels.native import ops
 
 _INT = ctypes.c_int64
-_PANEL, _LEFT, _TOGETHER, _CHUNK = 32, 3 << 18, 6, 128  # of amx.h, .cpp and amx_attention.cpp
+# Of amx.h, amx.cpp, amx_attention.cpp and amx_dense.cpp.
+_PANEL, _LEFT, _TOGETHER, _CHUNK, _DEEP, _ROWS = 32, 3 << 18, 6, 128, 256, 256
 
 
 @lru_cache(maxsize=1)
@@ -73,7 +74,7 @@ def forward(
     size = (out + count * wide) * columns + out * wide * bool(proxies)
     work = x.new_empty(size + tokens * count * wide * (wide != rank))
     ops.call(
-        "amx_forward",
+        "amx_matmul",
         _INT(count),
         ops.at(x),
         _INT(tokens),
@@ -131,7 +132,7 @@ def backward(
     size = (out + count * wide) * columns + out * wide + count * wide * whole
     work = grads[0].new_empty(size + torch.get_num_threads() * own)
     ops.call(
-        "amx_backward",
+        "amx_matmul_grad",
         _INT(count),
         _pointers(grads),
         (_INT * count)(*(grad.stride(0) for grad in grads)),
@@ -254,6 +255,32 @@ def attention_grad(
         *map(ops.at, (*grads, work)),
     )
     return grads[0], grads[1], grads[2]
+
+
+def takes_dense(weight: Tensor) -> bool:
+    """Whether `dense_grad` takes a matrix W, [out, n]: whole panels of bfloat16."""
+    whole = weight.shape[0] % _PANEL == weight.shape[1] % _PANEL == 0
+    return whole and weight.is_contiguous() and present()
+
+
+def dense_grad(grad: Tensor, weight: Tensor) -> Tensor:
+    """`g W`, for a W with many rows: the gradient that comes through the output embedding.
+
+    Args:
+        grad: g, [T, out].
+        weight: W, [out, n], contiguous.
+
+    Returns:
+        [T, n].
+    """
+    grad = grad.contiguous()
+    (tokens, out), columns = grad.shape, weight.shape[1]
+    result = grad.new_empty(tokens, columns)
+    own = _DEEP * columns + _ROWS * (_DEEP + _PANEL) + 2 * _filled(tokens) * columns
+    work = grad.new_empty(torch.get_num_threads() * own)
+    sizes = (_INT(tokens), _INT(out), ops.at(weight), _INT(columns))
+    ops.call("amx_dense_grad", ops.at(grad), *sizes, ops.at(result), ops.at(work))
+    return result
 
 
 def _filled(n: int) -> int:
