@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch.utils.deterministic
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
@@ -255,6 +256,9 @@ def run(args: list[str] | None = None) -> FalqonCLI:
         The finished CLI, with its `trainer`, `model` and `datamodule`.
     """
     separate_attempts()
+    # With `deterministic: true` torch would fill whatever it allocates before it is written, which
+    # takes a twelfth of a step and helps those alone who read what they have not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     try:
         return FalqonCLI(

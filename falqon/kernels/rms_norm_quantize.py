@@ -44,6 +44,11 @@ def _inverse_rms(wide: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
 
 
+def _inverse_rms_of_copy(wide: Tensor, eps: float) -> Tensor:
+    """The same, for a tensor that may be overwritten: half of the memory is not touched."""
+    return wide.square_().mean(-1, keepdim=True).add_(eps).rsqrt_()
+
+
 def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> Tensor:
     """`dL/dx = (g w - x mean(g w x) / rms^2) / rms`, in float32, rounded once at the end.
 
@@ -117,7 +122,7 @@ class RmsNormQuantize(nn.Module):
 
     def values(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Values of the codes, by the compiled CPU path; and 1 / rms(x)."""
-        inverse_rms = _inverse_rms(x.to(torch.float32), self.eps)
+        inverse_rms = _inverse_rms_of_copy(x.to(torch.float32), self.eps)
         return ops.rms_norm_quantized(x, weight, inverse_rms, self.fmt is not None), inverse_rms
 
     def backward(

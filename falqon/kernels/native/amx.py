@@ -9,6 +9,7 @@ Shapes: T tokens, `in`/`out` features, r adapter rank; layers of a group have on
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -40,8 +41,9 @@ def takes(codes: Sequence[Tensor], tokens: int, rank: int) -> bool:
         tokens: T.
         rank: r.
     """
-    whole = codes[0].shape[1] % _PANEL == 0 and all((len(c) - rank) % _PANEL == 0 for c in codes)
-    return whole and tokens >= _PANEL and present()
+    if tokens < _PANEL or codes[0].shape[1] % _PANEL or not present():
+        return False
+    return not any((c.shape[0] - rank) % _PANEL for c in codes)
 
 
 def forward(
@@ -67,12 +69,12 @@ def forward(
     """
     x = x.contiguous()
     (tokens, columns), count = x.shape, len(codes)
-    outs = [len(c) - rank for c in codes]
+    outs = [c.shape[0] - rank for c in codes]
     out, wide = sum(outs), _filled(rank)
     results = [x.new_empty(tokens, n) for n in outs]
     adapters = x.new_empty(tokens, count * rank)
     size = (out + count * wide) * columns + out * wide * bool(proxies)
-    work = x.new_empty(size + tokens * count * wide * (wide != rank))
+    work = _work(size + tokens * count * wide * (wide != rank))
     ops.call(
         "amx_matmul",
         _INT(count),
@@ -118,8 +120,8 @@ def backward(
     """
     grads = [ops.rows(grad) for grad in grads]
     adapters = [ops.rows(adapter) for adapter in adapters]
-    count, columns, tokens = len(codes), codes[0].shape[1], len(grads[0])
-    outs = [len(c) - rank for c in codes]
+    count, columns, tokens = len(codes), codes[0].shape[1], grads[0].shape[0]
+    outs = [c.shape[0] - rank for c in codes]
     out, wide = sum(outs), _filled(rank)
     whole = _filled(tokens)
     grad_input = grads[0].new_empty(tokens, columns) if want_input else None
@@ -130,7 +132,7 @@ def backward(
     rows = min(max(_PANEL, _LEFT // (2 * out) // _PANEL * _PANEL), whole) + _PANEL
     own = max(rows * (out + _PANEL + count * wide), _TOGETHER * _PANEL * whole)
     size = (out + count * wide) * columns + out * wide + count * wide * whole
-    work = grads[0].new_empty(size + torch.get_num_threads() * own)
+    work = _work(size + torch.get_num_threads() * own)
     ops.call(
         "amx_matmul_grad",
         _INT(count),
@@ -192,7 +194,7 @@ def attention(
     )
     out = query.new_empty(batch, length, heads, d)
     threads = torch.get_num_threads()
-    work = query.new_empty(2 * batch * kv * keys * d + threads * keys * (_PANEL + 2))
+    work = _work(2 * batch * kv * keys * d + threads * keys * (_PANEL + 2))
     strided = (part for x in (query, key, value) for part in (ops.at(x), _INT(x.stride(1))))
     sizes = map(_INT, (batch, length, kv, heads // kv, d))
     ops.call(
@@ -240,7 +242,7 @@ def attention_grad(
     grads = tuple(grad.new_empty(batch, length, n, d) for n in (heads, kv, kv))
     own = 3 * keys * d + 2 * _CHUNK * keys + 2 * _PANEL * _CHUNK + 3 * _CHUNK * d
     own += 2 * (2 * keys * d + keys)
-    work = grad.new_empty(torch.get_num_threads() * own)
+    work = _work(torch.get_num_threads() * own)
     sizes = map(_INT, (batch, length, kv, heads // kv, d))
     ops.call(
         "amx_attention_grad",
@@ -277,7 +279,7 @@ def dense_grad(grad: Tensor, weight: Tensor) -> Tensor:
     (tokens, out), columns = grad.shape, weight.shape[1]
     result = grad.new_empty(tokens, columns)
     own = _DEEP * columns + _ROWS * (_DEEP + _PANEL) + 2 * _filled(tokens) * columns
-    work = grad.new_empty(torch.get_num_threads() * own)
+    work = _work(torch.get_num_threads() * own)
     sizes = (_INT(tokens), _INT(out), ops.at(weight), _INT(columns))
     ops.call("amx_dense_grad", ops.at(grad), *sizes, ops.at(result), ops.at(work))
     return result
@@ -288,4 +290,20 @@ def _filled(n: int) -> int:
 
 
 def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
+    kind = ctypes.c_void_p * len(tensors)
+    return kind(*[None if t is None else t.data_ptr() for t in tensors])
+
+
+_THREAD = threading.local()
+
+
+def _work(size: int) -> Tensor:
+    """Memory for `size` 16-bit values, until a thread's next call: the same for all calls.
+
+    It holds panels and what else a product needs by the way, a few megabytes that would otherwise
+    be allocated and freed hundreds of times a step.
+    """
+    kept: Tensor | None = getattr(_THREAD, "work", None)
+    if kept is None or kept.numel() < size:
+        kept = _THREAD.work = torch.empty(size, dtype=torch.bfloat16, device="cpu")
+    return kept

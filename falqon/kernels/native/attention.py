@@ -150,18 +150,18 @@ class _AmxAttention(torch.autograd.Function):
         ranges: Ranges,
         scaling: float,
     ) -> Tensor:
-        rotation = (cos.contiguous(), sin.contiguous())
-        seen = (ranges.first, ranges.last, scaling)
-        out, *kept = amx.attention(query, key, value, *rotation, *seen)
-        ctx.save_for_backward(*kept, *rotation)
-        ctx.seen, ctx.heads = seen, (query.shape[2], key.shape[2])
+        cos, sin = cos.contiguous(), sin.contiguous()
+        seen = (ranges.first, ranges.last)
+        out, *kept = amx.attention(query, key, value, cos, sin, *seen, scaling)
+        ctx.save_for_backward(*kept, cos, sin)
+        ctx.rest = (*seen, scaling, query.shape[2], key.shape[2])
         return out
 
     @staticmethod
     @once_differentiable
     @record_function("falqon::attention")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grads = amx.attention_grad(grad, *ctx.saved_tensors, *ctx.seen, *ctx.heads)
+        grads = amx.attention_grad(grad, *ctx.saved_tensors, *ctx.rest)
         return *grads, None, None, None, None
 
 

@@ -6,6 +6,17 @@
 
 #include "values.h"
 
+// x sigmoid(x), rounded to bfloat16, for every bfloat16 x.
+struct Silu {
+    float of[65536];
+    Silu() {
+        for (uint32_t i = 0; i < 65536; i++) {
+            float x = widen(bf16(i));
+            of[i] = widen(narrow(x / (1.0f + exponential(-x))));
+        }
+    }
+};
+
 extern "C" {
 
 // Values of merged E4M3 codes over their scales, which are powers of two: the rows of all
@@ -78,15 +89,13 @@ void falqon_rms_norm_grad(const bf16* grad, const bf16* x, const bf16* weight,
 
 // silu(gate), rounded, times up, rounded, and quantised if it is to be.
 void falqon_swiglu(const bf16* gate, const bf16* up, i64 rows, i64 n, i64 quantised, bf16* out) {
+    static const Silu silu;  // looked up, it takes two thirds of the time
 #pragma omp parallel for schedule(static)
     for (i64 t = 0; t < rows; t++) {
         const bf16 *g = gate + t * n, *u = up + t * n;
         bf16* to = out + t * n;
 #pragma omp simd
-        for (i64 i = 0; i < n; i++) {
-            float x = widen(g[i]);
-            to[i] = narrow(widen(narrow(x / (1.0f + exponential(-x)))) * widen(u[i]));
-        }
+        for (i64 i = 0; i < n; i++) to[i] = narrow(silu.of[g[i]] * widen(u[i]));
         if (quantised) quantize_row(to, n, E4M3);
     }
 }
@@ -96,7 +105,7 @@ void falqon_swiglu_grad(const bf16* grad, const bf16* gate, const bf16* up, i64 
                         bf16* d_up) {
 #pragma omp parallel for simd schedule(static)
     for (i64 i = 0; i < count; i++) {
-        float g = widen(grad[i]), x = widen(gate[i]), s = sigmoid(x);
+        float g = widen(grad[i]), x = widen(gate[i]), s = 1.0f / (1.0f + exponential(-x));
         d_gate[i] = narrow(widen(narrow(g * widen(up[i]))) * s * (1.0f + x * (1.0f - s)));
         d_up[i] = narrow(g * widen(narrow(x * s)));
     }

@@ -55,7 +55,7 @@ def forward(
     Returns:
         O_i [T, out_i], tensors of their own, and O_A_i [T, r]: parts of one tensor.
     """
-    if amx.takes(codes, len(x), rank):
+    if amx.takes(codes, x.shape[0], rank):
         results, adapters = amx.forward(x, codes, scales, rank, proxies, factors)
     else:
         backbones, of_adapters = _decoded(codes, scales, rank)
@@ -102,7 +102,7 @@ def backward(
     Returns:
         [T, in] or None; float32 [out_i, r] or None each.
     """
-    if amx.takes(codes, len(grads[0]), rank):
+    if amx.takes(codes, grads[0].shape[0], rank):
         wanted = (adapters, rounded, want_input, want_proxies)
         return amx.backward(grads, codes, scales, rank, proxies, factors, *wanted)
     grad_input = None

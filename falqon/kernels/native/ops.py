@@ -17,6 +17,7 @@ from falqon.kernels.native.build import library, wanted
 
 _INT = ctypes.c_int64
 _BF16 = torch.bfloat16
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @lru_cache(maxsize=1)
@@ -40,20 +41,15 @@ def functions() -> ctypes.CDLL | None:
 
 def usable(*tensors: Tensor) -> bool:
     """Whether the compiled functions exist and take these tensors (any strides)."""
-    return (
-        not torch.compiler.is_compiling()
-        and all(
-            type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" and t.dtype == _BF16
-            for t in tensors
-        )
-        and wanted()
-        and functions() is not None
-    )
+    for t in tensors:  # asked for hundreds of times a step
+        if not (type(t) in _PLAIN and t.is_cpu and t.dtype == _BF16):
+            return False
+    return not torch.compiler.is_compiling() and wanted() and functions() is not None
 
 
 def call(name: str, *args: object) -> None:
     """Call a compiled function; a profiler that is running sees it as `falqon::name`."""
-    function = getattr(functions(), f"falqon_{name}")
+    function = getattr(functions(), "falqon_" + name)
     if torch.autograd._profiler_enabled():  # entering a range costs more than some of the calls
         with torch.profiler.record_function(f"falqon::{name}"):
             function(*args)

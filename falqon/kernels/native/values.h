@@ -95,8 +95,6 @@ static inline i64 padded(const bf16* x, i64 n, float* out) {
     return count;
 }
 
-static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
-
 struct Format {
     float max;         // largest finite value
     int dropped;       // mantissa bits of float32 that the format does not have
