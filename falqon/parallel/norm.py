@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
+from falqon.kernels.native import ops
 from falqon.linear import MeldedLinear
 from falqon.parallel.layers import tensor_part
 from falqon.parallel.slices import is_cut
@@ -32,7 +33,7 @@ def total_norm(parameters: Iterable[nn.Parameter], layers: Iterable[MeldedLinear
         part = tensor_part(layer)
         if part is not None and part.by_rows:
             groups[id(layer.B)] = part.group
-    sums: dict[tuple[Any, Any], list[Tensor]] = {}  # by the groups to add up over
+    local_parts: dict[tuple[Any, Any], list[Tensor]] = {}  # by the groups to add up over
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is None:
@@ -40,10 +41,13 @@ def total_norm(parameters: Iterable[nn.Parameter], layers: Iterable[MeldedLinear
         group = gradient.device_mesh.get_group() if isinstance(gradient, DTensor) else None
         where = (group if is_cut(gradient) else None, groups.get(id(parameter)))
         local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        sums.setdefault(where, []).append(local.double().square().sum())
+        local_parts.setdefault(where, []).append(local)
     total: Tensor | None = None
-    for where, squares in sums.items():
-        part_sum = torch.stack(squares).sum()
+    for where, parts in local_parts.items():
+        squares = ops.square_sums(parts)
+        if squares is None:
+            squares = torch.stack([part.double().square().sum() for part in parts])
+        part_sum = squares.sum()
         for group in where:
             if group is not None:
                 dist.all_reduce(part_sum, group=group)

@@ -248,6 +248,18 @@ void falqon_softmax(bf16* scores, const int32_t* first, const int32_t* last, i64
         }
 }
 
+// Sums of the squares of float32 values, in float64.
+void falqon_square_sums(i64 count, const float* const* x, const i64* sizes, double* sums) {
+#pragma omp parallel for schedule(dynamic)
+    for (i64 k = 0; k < count; k++) {
+        const float* from = x[k];
+        double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+        for (i64 i = 0; i < sizes[k]; i++) sum += double(from[i]) * double(from[i]);
+        sums[k] = sum;
+    }
+}
+
 // Gradient of the scores before their factor: p (dp - sum(p dp)) factor, into dp.
 void falqon_softmax_grad(const bf16* p, bf16* dp, i64 rows, i64 keys, float factor) {
 #pragma omp parallel for schedule(static)

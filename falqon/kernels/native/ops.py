@@ -201,6 +201,25 @@ def cross_entropy(logits: Tensor, targets: Tensor, want_grad: bool) -> Tensor:
     return losses
 
 
+def square_sums(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Sums of squares, float64 [n]; None if they are not plain, contiguous float32 CPU tensors.
+
+    The order of summation does not depend on the number of threads.
+    """
+    plain = all(
+        type(t) is Tensor and t.is_cpu and t.dtype == torch.float32 and t.is_contiguous()
+        for t in tensors
+    )
+    if not plain or not usable():
+        return None
+    count = len(tensors)
+    sums = torch.empty(count, dtype=torch.float64)
+    pointers = (ctypes.c_void_p * count)(*[t.data_ptr() for t in tensors])
+    sizes = (_INT * count)(*[t.numel() for t in tensors])
+    call("square_sums", _INT(count), pointers, sizes, at(sums))
+    return sums
+
+
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, kv: int) -> Tensor:
     """Heads after rotary embedding, with those that share keys side by side.
 
