@@ -13,9 +13,12 @@ import torch
 
 from falqon.errors import InputError
 from falqon.kernels import backend, devices
+from falqon.kernels.native import amx
 from falqon.kernels.native import build as native
 
 _PACKAGES = ("falqon", "torch", "triton", "lightning", "transformers", "datasets", "wandb")
+
+_AMX = "Melded layers and attention are multiplied in it, too, by AMX."
 
 
 def examine() -> dict[str, Any]:
@@ -62,7 +65,7 @@ def _cpu() -> dict[str, Any]:
         "instructions": units,
         "memory_gib": _memory_gib(),
         "how": f"{devices.describe(torch.device('cpu'))} {note}",
-        "native": native.describe(),
+        "native": native.describe() + (f" {_AMX}" if amx.present() else ""),
         "notes": list(_cpu_notes()),
     }
 

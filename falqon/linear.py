@@ -79,10 +79,9 @@ class _MeldedFunction(torch.autograd.Function):
         first, dtype = layers[0], inputs[0].dtype
         quantize = first.quantize_input if source is None else source
         # Whoever replaced a step (tensor parallelism) or looks at one wants it to be called.
-        products = (first.melded_matmul, first.backbone_matmul, *(x.proxy_grad for x in layers))
-        own = (MeldedMatmul, BackboneMatmul, *(ProxyGrad for _ in layers))
-        steps = (quantize, first.quantize_gradient, *products)
-        native = tuple(map(type, products)) == own and not any(map(has_hooks, steps))
+        own = type(first.melded_matmul), type(first.backbone_matmul)
+        steps = (quantize, first.quantize_gradient, first.melded_matmul, first.backbone_matmul)
+        native = own == (MeldedMatmul, BackboneMatmul) and not any(map(has_hooks, steps))
         native = native and melded.takes(first.recipe, codes, inputs)
         live = proxies if first.live else ()
         if native:
@@ -120,21 +119,26 @@ class _MeldedFunction(torch.autograd.Function):
         _, _, _, *needed = ctx.needs_input_grad
         need_input = any(needed[:count])
         need_proxy, need_bias = (needed[count + i * number :][:number] for i in (2, 3))
+        # Likewise, each layer's own.
+        replaced = [type(x.proxy_grad) is not ProxyGrad or has_hooks(x.proxy_grad) for x in layers]
+        at_once = ctx.native and not any(replaced)
         grad_input = None
+        grad_proxies: list[Tensor | None] = [None] * number
         if ctx.native:
             factors = [layer.lora_scaling for layer in layers]
             given = (grads, codes, scales, first.rank, live, factors, adapters)
+            wanted = (need_input, need_proxy if at_once else [False] * number)
             rounded = first.recipe.emulate == "fp8"
-            grad_input, grad_proxies = melded.backward(*given, rounded, need_input, need_proxy)
-        else:
-            if need_input:
-                pending = [_scaled(p, layer) for p, layer in zip(live, layers, strict=bool(live))]
-                joined = joined_gradients(grads, scales, first.backbone_matmul.power_of_two)
-                grad_codes, grad_scale = first.quantize_gradient(joined)
-                onto = pending_gradient(grads, pending, codes, scales) if pending else None
-                grad_input = first.backbone_matmul(
-                    grad_codes, grad_scale, codes, scales[0], grads[0].dtype, onto
-                )
+            grad_input, grad_proxies = melded.backward(*given, rounded, *wanted)
+        elif need_input:
+            pending = [_scaled(p, layer) for p, layer in zip(live, layers, strict=bool(live))]
+            joined = joined_gradients(grads, scales, first.backbone_matmul.power_of_two)
+            grad_codes, grad_scale = first.quantize_gradient(joined)
+            onto = pending_gradient(grads, pending, codes, scales) if pending else None
+            grad_input = first.backbone_matmul(
+                grad_codes, grad_scale, codes, scales[0], grads[0].dtype, onto
+            )
+        if not at_once:
             parts = zip(need_proxy, layers, grads, adapters, strict=True)
             grad_proxies = [
                 _scaled(layer.proxy_grad(grad, adapter), layer) if need else None

@@ -57,6 +57,30 @@ def test_quantized_is_that_of_plain_torch(fmt: Format) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda f: f.name)
+def test_quantized_rows_of_every_size(fmt: Format) -> None:
+    torch.manual_seed(0)
+    sizes = torch.arange(-126, 127)[:, None]
+    # Values over 24 powers of two: normal, subnormal and vanishing in FP8 within one row.
+    spread = torch.ldexp(torch.randn(len(sizes), 130), torch.randint(-24, 1, (len(sizes), 130)))
+    rows = torch.ldexp(spread, sizes).to(BF16)
+    rows = torch.where(rows.isfinite(), rows, 1.0)
+    assert same(ops.quantized([rows], [1.0], fmt is E5M2), reference(rows, fmt))
+    assert same(ops.quantized([rows[:, 1:34]], [1.0], fmt is E5M2), reference(rows[:, 1:34], fmt))
+
+
+@needs_compiler
+def test_square_sums() -> None:
+    tensors = [torch.randn(n) * 10.0**e for n, e in ((1, 0), (1000, -20), (7, 15), (0, 0))]
+    sums = ops.square_sums(tensors)
+    assert sums is not None
+    torch.testing.assert_close(sums, torch.stack([t.double().square().sum() for t in tensors]))
+    assert ops.square_sums([torch.zeros(3, dtype=BF16)]) is None
+    assert ops.square_sums([torch.zeros(4, 4).t()[1:]]) is None
+    assert ops.square_sums([torch.full((3,), torch.nan)]).isnan().all()  # type: ignore[union-attr]
+
+
+@needs_compiler
 def test_quantized_parts_share_a_scale() -> None:
     a, b = torch.randn(9, 33, dtype=BF16), torch.randn(9, 80, dtype=BF16)[:, 7:40]
     ours = ops.quantized([a, b], [1.0, 0.25], e5m2=True)
@@ -142,6 +166,7 @@ def test_number_of_threads_changes_nothing() -> None:
             ops.rms_norm_grad(x, x, weight, inverse),
             *ops.swiglu_grad(x, x, x),
             ops.cross_entropy(x.clone(), targets, True),
+            ops.square_sums([x.float(), inverse]),  # type: ignore[list-item]
         ]
 
     threads = torch.get_num_threads()

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from falqon.kernels.native import attention, build
+from falqon.kernels.native import amx, attention, build
 from falqon.precision import FalqonPrecision
 from lit_modules.loss import supervised_loss
 
@@ -48,9 +48,18 @@ def masks(batch: int, length: int, kind: str) -> Tensor | None:
     return (documents[:, None, :, None] == documents[:, None, None, :]) & causal
 
 
+@pytest.fixture(params=[True, False], ids=["amx", "no amx"])
+def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the processor's matrix unit, if it has one, and without."""
+    if not request.param:
+        monkeypatch.setattr(amx, "present", lambda: False)
+    elif not amx.present():
+        pytest.skip("the processor has no AMX")
+
+
 @pytest.mark.parametrize("kind", ["causal", "packed", "window", "padded"])
 @pytest.mark.parametrize(("heads", "kv", "d"), [(6, 2, 32), (3, 3, 10)])
-def test_attention(heads: int, kv: int, d: int, kind: str) -> None:
+def test_attention(heads: int, kv: int, d: int, kind: str, units: None) -> None:
     torch.manual_seed(0)
     batch, length = 3, 150  # more than a block of queries
     shapes = [(batch, length, h, d) for h in (heads, kv, kv)]
@@ -75,13 +84,14 @@ def test_attention(heads: int, kv: int, d: int, kind: str) -> None:
         assert error < 0.01
 
 
-def test_queries_that_see_nothing() -> None:
+@pytest.mark.parametrize("d", [8, 32])
+def test_queries_that_see_nothing(d: int, units: None) -> None:
     mask = torch.ones(1, 1, 40, 40).tril().bool()
     mask[..., :5, :] = False
     ranges = attention.ranges_of(mask, 1, 40)
     assert ranges is not None
-    heads = [torch.randn(1, 40, 2, 8).to(BF16).requires_grad_() for _ in range(3)]
-    out = attention.attend(*heads, *tables(40, 8), ranges, 1.0)
+    heads = [torch.randn(1, 40, 2, d).to(BF16).requires_grad_() for _ in range(3)]
+    out = attention.attend(*heads, *tables(40, d), ranges, 1.0)
     assert not out[:, :5].any()
     out.sum().backward()
     assert heads[0].grad is not None
@@ -154,7 +164,7 @@ def gradients(made: nn.Module, plugin: FalqonPrecision, given: dict[str, Tensor]
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("recipe", ["default", "weights"])
 def test_layers_are_those_of_plain_torch(
-    live: bool, bias: bool, recipe: str, monkeypatch: pytest.MonkeyPatch
+    live: bool, bias: bool, recipe: str, units: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, plugin = model(live, recipe, attention_bias=bias, attn_implementation="eager")
     x = torch.randn(2, 33, 64).to(BF16)
@@ -172,7 +182,7 @@ def test_layers_are_those_of_plain_torch(
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))  # type: ignore[arg-type]
 
 
-def test_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_and_gradients(units: None, monkeypatch: pytest.MonkeyPatch) -> None:
     made, plugin = model()
     ours = gradients(made, plugin, batch())
     monkeypatch.setenv("FALQON_NATIVE", "off")

@@ -17,15 +17,20 @@ import torch
 from torch import Tensor
 
 from falqon.kernels.native import ops
+from falqon.kernels.native.build import wanted
 
 _INT = ctypes.c_int64
 # Of amx.h, amx.cpp, amx_attention.cpp and amx_dense.cpp.
 _PANEL, _LEFT, _TOGETHER, _CHUNK, _DEEP, _ROWS = 32, 3 << 18, 6, 128, 256, 256
 
 
-@lru_cache(maxsize=1)
 def present() -> bool:
-    """Whether the processor has AMX, and system and compiler let it be used."""
+    """Whether the processor has AMX, and system, compiler and `FALQON_NATIVE` let it be used."""
+    return wanted() and _present()
+
+
+@lru_cache(maxsize=1)
+def _present() -> bool:
     found = ops.functions()
     if found is None:
         return False

@@ -135,9 +135,7 @@ def _input_gradient(
     return onto.addmm_(left, backbones)
 
 
-def _decoded(
-    codes: Sequence[Tensor], scales: Sequence[Tensor], rank: int
-) -> tuple[Tensor, Tensor]:
+def _decoded(codes: Sequence[Tensor], scales: Sequence[Tensor], rank: int) -> tuple[Tensor, Tensor]:
     """Backbones of a group, bfloat16 [sum of out_i, in], and A of every layer, [r for each, in]."""
     both = ops.decoded(codes, scales, rank)
     rows = len(both) - len(codes) * rank

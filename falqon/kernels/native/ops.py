@@ -58,6 +58,7 @@ def call(name: str, *args: object) -> None:
 
 
 def at(tensor: Tensor) -> ctypes.c_void_p:
+    """Where a tensor's values begin; it has to be kept alive for the call."""
     return ctypes.c_void_p(tensor.data_ptr())
 
 
@@ -270,7 +271,7 @@ def tokens_apart(x: Tensor) -> Tensor:
 
 
 def table_stride(table: Tensor) -> int:
-    """Between the rows of a rotation's cosines or sines [b or 1, s, d]; 0 if there is one for all."""
+    """Distance between rows of cosines or sines [b or 1, s, d]; 0 if one is for all."""
     assert table.is_contiguous()
     return table.stride(0) if table.shape[0] > 1 else 0
 

@@ -1,0 +1,283 @@
+"""Matrix products and attention by AMX against plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from falqon.fp8 import E4M3, decode
+from falqon.kernels.native import amx, attention, build, melded
+from falqon.recipe import Fp8Recipe
+
+pytestmark = [
+    pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler"),
+    pytest.mark.skipif(not amx.present(), reason="the processor has no AMX"),
+]
+BF16 = torch.bfloat16
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Group:
+    """Random layers with one input, and what goes forward and backward through them."""
+
+    def __init__(self, tokens: int, columns: int, outs: tuple[int, ...], rank: int) -> None:
+        torch.manual_seed(0)
+        self.rank, self.outs = rank, outs
+        codes = [torch.randint(256, (out + rank, columns), dtype=torch.uint8) for out in outs]
+        for code in codes:
+            code[(code & 0x7F) == 0x7F] = 3  # no NaN
+        self.codes = [nn.Parameter(code, requires_grad=False) for code in codes]
+        self.scales = [torch.tensor([2.0 ** (6 + i)]) for i in range(len(outs))]
+        self.proxies = [torch.randn(out, rank) * 0.05 for out in outs]
+        self.factors = [1.0 + i for i in range(len(outs))]
+        self.x = torch.randn(tokens, columns).to(BF16)
+        # As q, k and v of one tensor: rows are apart.
+        self.grads = torch.randn(tokens, sum(outs)).to(BF16).split(list(outs), dim=1)
+
+    def run(self, pending: bool = True, rounded: bool = True) -> dict[str, Tensor]:
+        given = (self.codes, self.scales)
+        proxies = self.proxies if pending else []
+        acting = (self.rank, proxies, self.factors)
+        biases = [None] * len(self.outs)
+        outs, adapters = melded.forward(self.x, *given, biases, *acting)
+        wanted = (rounded, True, [True] * len(outs))
+        of_x, of_proxies = melded.backward(self.grads, *given, *acting, adapters, *wanted)
+        assert of_x is not None
+        found = {"x": of_x}
+        for i, parts in enumerate(zip(outs, adapters, of_proxies, strict=True)):
+            for name, part in zip(("out", "adapter", "proxy"), parts, strict=True):
+                assert part is not None
+                found[f"{name} {i}"] = part
+        return found
+
+
+def differences(ours: Tensor, theirs: Tensor) -> float:
+    """Share of values that are not equal; a last bit of the largest ones is all that differs.
+
+    Two products are added, each rounded: the sum may be smaller than what was rounded differently.
+    """
+    most = 2**-8 * float(theirs.abs().max())
+    torch.testing.assert_close(ours.float(), theirs.float(), rtol=2**-7, atol=most)
+    return float((ours != theirs).float().mean())
+
+
+SHAPES = [
+    (64, 64, (64, 32, 32), 32),
+    (77, 96, (64,), 8),
+    (33, 32, (96, 96), 40),
+    (300, 576, (576, 192, 192), 64),
+    (129, 576, (1536, 1536), 64),
+    (130, 1536, (576,), 64),
+    (1100, 64, (64,), 16),
+]
+
+
+@pytest.mark.parametrize("pending", [True, False])
+@pytest.mark.parametrize("rounded", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_groups_are_those_of_torch(
+    shape: tuple[int, int, tuple[int, ...], int],
+    pending: bool,
+    rounded: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group = Group(*shape)
+    assert amx.takes(group.codes, shape[0], shape[3])
+    ours = group.run(pending, rounded)
+    monkeypatch.setattr(amx, "takes", lambda *args: False)
+    theirs = group.run(pending, rounded)
+    # torch sums alike, but that for some shapes it starts from what is added to a product.
+    for name, tensor in ours.items():
+        assert tensor.shape == theirs[name].shape
+        assert tensor.dtype == theirs[name].dtype
+        assert differences(tensor, theirs[name]) < 1e-3, name
+
+
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+def test_threads_change_nothing(shape: tuple[int, int, tuple[int, ...], int]) -> None:
+    group = Group(*shape)
+    with threads(1):
+        one = group.run()
+    for count in (2, 3, 7, 13):  # of these some have nothing to do
+        with threads(count):
+            many = group.run()
+        assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+def test_tokens_do_not_depend_on_their_neighbours() -> None:
+    group = Group(300, 96, (64, 96), 16)
+    whole = group.run()
+    group.x, group.grads = group.x[101:240], tuple(g[101:240] for g in group.grads)
+    part = group.run()
+    for name in ("x", "out 0", "out 1", "adapter 0", "adapter 1"):
+        assert torch.equal(part[name], whole[name][101:240])
+
+
+def test_what_is_not_wanted_is_not_made() -> None:
+    group = Group(40, 64, (64, 32), 8)
+    _, adapters = amx.forward(group.x, group.codes, group.scales, 8, [], [1.0, 1.0])
+    given = (group.grads, group.codes, group.scales, 8, [], [1.0, 1.0], adapters, True)
+    of_x, (first, second) = amx.backward(*given, False, [False, True])
+    assert of_x is None and first is None and second is not None
+    all_x, (_, same) = amx.backward(*given, True, [True, True])
+    assert all_x is not None and same is not None
+    assert torch.equal(second, same)
+
+
+def test_nan_gets_through() -> None:
+    group = Group(64, 64, (64,), 32)
+    group.x[5, 7] = torch.nan
+    group.grads[0][9, 3] = torch.inf
+    found = group.run(rounded=False)
+    assert found["out 0"][5].isnan().all()
+    assert not found["out 0"][6].isnan().any()
+    assert not found["x"][9].isfinite().any()
+    code = group.codes[0].data
+    code[3, 4] = 0x7F
+    assert group.run()["out 0"][:, 3].isnan().all()
+    assert decode(code, E4M3, BF16)[3, 4].isnan()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "columns", "out", "rank", "fits"),
+    [
+        (64, 64, 64, 5, True),
+        (31, 64, 64, 8, False),
+        (64, 48, 64, 8, False),
+        (64, 64, 80, 8, False),
+    ],
+)
+def test_shapes_that_are_taken(
+    tokens: int, columns: int, out: int, rank: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = [nn.Parameter(torch.zeros(out + rank, columns, dtype=torch.uint8), requires_grad=False)]
+    assert amx.takes(codes, tokens, rank) == fits
+    assert melded.takes(Fp8Recipe(), codes, [torch.zeros(tokens, columns, dtype=BF16)])
+    monkeypatch.setattr(amx, "present", lambda: False)
+    assert not amx.takes(codes, tokens, rank)
+
+
+def heads_of(
+    batch: int, length: int, heads: int, kv: int, d: int
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Query, key and value as parts of one tensor; cosines, sines, and a gradient."""
+    torch.manual_seed(0)
+    joined = torch.randn(batch, length, (heads + 2 * kv) * d).to(BF16)
+    parts = joined.split([heads * d, kv * d, kv * d], dim=-1)
+    angles = torch.rand(batch, length, d // 2) * 6
+    cos, sin = (torch.cat([f(angles)] * 2, -1).to(BF16) for f in (torch.cos, torch.sin))
+    grad = torch.randn(batch, length, heads, d).to(BF16)
+    given = [part.unflatten(-1, (-1, d)).requires_grad_() for part in parts]
+    return given, cos, sin, grad
+
+
+def documents(batch: int, length: int) -> attention.Ranges:
+    """Queries that see their own document up to themselves, and some that see nothing."""
+    first = torch.zeros(batch, length, dtype=torch.int64)
+    for row in range(batch):
+        for start in (length // 3 + row, length // 2 + 3):
+            first[row, start:] = start
+    last = torch.arange(1, length + 1).expand(batch, length).clone()
+    last[0, -3:] = first[0, -3:]
+    return attention.Ranges(first, last)
+
+
+ATTENTION = [(2, 77, 6, 2, 32), (1, 40, 4, 4, 64), (3, 200, 9, 3, 64), (2, 33, 8, 1, 96)]
+
+
+def attended(way: type, shape: tuple[int, int, int, int, int]) -> list[Tensor]:
+    given, cos, sin, grad = heads_of(*shape)
+    ranges = documents(*shape[:2])
+    out = way.apply(*given, cos, sin, ranges, shape[-1] ** -0.5)  # type: ignore[attr-defined]
+    return [out.detach(), *torch.autograd.grad(out, given, grad)]
+
+
+@pytest.mark.parametrize("shape", ATTENTION, ids=str)
+def test_attention_is_as_exact_as_with_matmuls_of_torch(
+    shape: tuple[int, int, int, int, int],
+) -> None:
+    batch, length, heads, kv, d = shape
+    given, cos, sin, grad = heads_of(*shape)
+    ranges = documents(batch, length)
+    assert amx.attends(d)
+    q, k, v = (x.detach().double().requires_grad_() for x in given)
+
+    def rotated(x: Tensor) -> Tensor:
+        turned = torch.cat([-x[..., d // 2 :], x[..., : d // 2]], -1)
+        return x * cos.double()[:, :, None] + turned * sin.double()[:, :, None]
+
+    keys, values = (x.repeat_interleave(heads // kv, 2) for x in (rotated(k), v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", rotated(q), keys) * d**-0.5
+    at = torch.arange(length)
+    seen = ((at >= ranges.first[..., None]) & (at < ranges.last[..., None]))[:, None]
+    p = scores.masked_fill(~seen, -1e300).softmax(-1) * seen
+    exact = torch.einsum("bhqk,bkhd->bqhd", p, values)
+    exact_all = [exact.detach(), *torch.autograd.grad(exact, (q, k, v), grad.double())]
+    ours, theirs = (attended(way, shape) for way in (attention._AmxAttention, attention._Attention))
+    for a, b, c in zip(ours, theirs, exact_all, strict=True):
+        error, others = ((x.double() - c).norm() / c.norm() for x in (a, b))
+        assert error < 1.05 * others
+        assert error < 0.008
+
+
+def test_threads_do_not_change_attention() -> None:
+    for shape in ATTENTION[:2]:
+        with threads(1):
+            one = attended(attention._AmxAttention, shape)
+        for count in (2, 5):
+            with threads(count):
+                many = attended(attention._AmxAttention, shape)
+            assert all(map(torch.equal, one, many))
+
+
+def test_attention_hands_on_nan() -> None:
+    given, cos, sin, _ = heads_of(1, 40, 2, 1, 32)
+    with torch.no_grad():
+        given[0][0, 20, 1, 3] = torch.nan
+    ranges = attention._causal(1, 40)
+    out = attention._AmxAttention.apply(*given, cos, sin, ranges, 0.2)
+    assert out[0, 20, 1].isnan().all()
+    assert out.isnan().sum() == 32
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 32), (33, 96, 32), (100, 1120, 96), (300, 2048, 576)])
+def test_gradient_through_the_output_embedding(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    tokens, out, columns = shape
+    weight, grad = torch.randn(out, columns).to(BF16), torch.randn(tokens, out).to(BF16)
+    assert amx.takes_dense(weight)
+    with threads(1):
+        ours = amx.dense_grad(grad, weight)
+    exact = grad.double() @ weight.double()
+    assert (ours.double() - exact).norm() < 0.002 * exact.norm()
+    for count in (2, 5):
+        with threads(count):
+            assert torch.equal(ours, amx.dense_grad(grad, weight))
+    assert not amx.takes_dense(weight[:-1]) and not amx.takes_dense(weight.t())
+
+
+def test_memory_for_panels_grows() -> None:
+    small = amx._work(10)
+    assert amx._work(small.numel()).data_ptr() == small.data_ptr()
+    assert amx._work(small.numel() + 1).numel() == small.numel() + 1
+
+
+def test_profiler_sees_the_products() -> None:
+    group = Group(40, 64, (64,), 8)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        group.run()
+    names = {event.name for event in profile.events()}
+    assert {"falqon::amx_matmul", "falqon::amx_matmul_grad"} <= names
