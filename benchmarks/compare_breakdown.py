@@ -19,7 +19,19 @@ _NAMES = (
     ("optimizer", ("_fused_adam", "_foreach_", "Optimizer.step", "_fused_sgd")),
     (
         "matmul",
-        ("mm", "matmul", "linear", "gemm", "gemv", "einsum", "dot", "cutlass", "cublas", "sgemm"),
+        (
+            "mm",
+            "matmul",
+            "amx_dense",
+            "linear",
+            "gemm",
+            "gemv",
+            "einsum",
+            "dot",
+            "cutlass",
+            "cublas",
+            "sgemm",
+        ),
     ),
     (
         "casts",

@@ -258,7 +258,8 @@ def run(args: list[str] | None = None) -> FalqonCLI:
     separate_attempts()
     # With `deterministic: true` torch would fill whatever it allocates before it is written, which
     # takes a twelfth of a step and helps those alone who read what they have not written.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    switches: Any = torch.utils.deterministic
+    before, switches.fill_uninitialized_memory = switches.fill_uninitialized_memory, False
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     try:
         return FalqonCLI(
@@ -284,6 +285,8 @@ def run(args: list[str] | None = None) -> FalqonCLI:
         os._exit(1)  # the usual way out waits for the others
     except InputError as error:
         sys.exit(_fail(error))
+    finally:
+        switches.fill_uninitialized_memory = before
 
 
 def _fail(error: InputError) -> int:

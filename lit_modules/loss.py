@@ -36,12 +36,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         want = hidden.requires_grad
         total = torch.zeros((), dtype=torch.float32)
         grads = []
+        through = amx.dense_grad if amx.takes_dense(weight) else torch.mm
         rows = max(1, _LOGIT_BYTES // (weight.shape[0] * weight.element_size()))
         for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
             logits = part @ weight.t()
             total += ops.cross_entropy(logits, target, want).sum()
             if want:
-                through = amx.dense_grad if amx.takes_dense(weight) else torch.mm
                 grads.append(through(logits, weight))
         if want:
             ctx.save_for_backward(torch.cat(grads))

@@ -155,6 +155,16 @@ def test_cross_entropy(classes: int) -> None:
 
 
 @needs_compiler
+def test_cross_entropy_of_logits_that_are_shut_out() -> None:
+    logits = torch.zeros(1, 40, dtype=BF16)
+    logits[0, [1, 39]] = -torch.inf
+    losses = ops.cross_entropy(logits, torch.tensor([5]), True)
+    torch.testing.assert_close(losses, torch.full((1,), 38.0).log())
+    assert (logits[0, [1, 39]] == 0).all()
+    assert (logits[0] == 0).sum() == 2
+
+
+@needs_compiler
 def test_number_of_threads_changes_nothing() -> None:
     x, weight = torch.randn(101, 300).to(BF16), torch.randn(300).to(BF16)
     inverse = torch.rand(101, 1)

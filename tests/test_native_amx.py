@@ -269,6 +269,34 @@ def test_gradient_through_the_output_embedding(shape: tuple[int, int, int]) -> N
     assert not amx.takes_dense(weight[:-1]) and not amx.takes_dense(weight.t())
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 16])
+def test_memory_for_panels_is_enough(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    behind = 4096
+    given: list[Tensor] = []
+
+    def guarded(size: int) -> Tensor:
+        given.append(torch.full((size + behind,), 1.5, dtype=BF16))
+        return given[-1]
+
+    monkeypatch.setattr(amx, "_work", guarded)
+    with threads(count):
+        for shape in SHAPES:
+            Group(*shape).run()
+        for heads in ATTENTION:
+            attended(attention._AmxAttention, heads)
+        amx.dense_grad(torch.zeros(300, 608, dtype=BF16), torch.zeros(608, 96, dtype=BF16))
+    assert len(given) == 2 * len(SHAPES) + 2 * len(ATTENTION) + 1
+    assert all((work[-behind:] == 1.5).all() for work in given)
+
+
+def test_proxies_of_any_layout() -> None:
+    group = Group(40, 64, (64,), 8)
+    expected = group.run()
+    group.proxies = [proxy.t().contiguous().t() for proxy in group.proxies]
+    found = group.run()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_memory_for_panels_grows() -> None:
     small = amx._work(10)
     assert amx._work(small.numel()).data_ptr() == small.data_ptr()

@@ -122,7 +122,7 @@ class RmsNormQuantize(nn.Module):
 
     def values(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Values of the codes, by the compiled CPU path; and 1 / rms(x)."""
-        inverse_rms = _inverse_rms_of_copy(x.to(torch.float32), self.eps)
+        inverse_rms = _inverse_rms_of_copy(x.to(torch.float32, copy=True), self.eps)
         return ops.rms_norm_quantized(x, weight, inverse_rms, self.fmt is not None), inverse_rms
 
     def backward(

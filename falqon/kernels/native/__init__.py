@@ -1,1 +1,1 @@
-"""The CPU path's own C++: one-pass operations beside the matrix products of torch."""
+"""The CPU path's own C++: what lies between matrix products, and with AMX these as well."""

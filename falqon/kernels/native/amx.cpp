@@ -12,22 +12,23 @@ static const i64 TOGETHER = 6;  // panels of gradients that are read at a time
 
 extern "C" {
 
-// Whether the processor has AMX and the system lets this process use it.
-i64 falqon_amx() {
+// Ask the system to let this process use the matrix unit; whether it does.
+i64 falqon_amx_allowed() {
     const long ask_for = 0x1023, tile_data = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA)
     return syscall(SYS_arch_prctl, ask_for, tile_data) == 0;
 }
 
-// O_A_i = x A_i^T, side by side, and O_i = x W_i^T + O_A_i B_i^T. `work`: see amx.py.
+// O_A_i = x A_i^T, side by side, and O_i = x W_i^T + O_A_i B_i^T. `team`: how many threads may work
+// on it, whatever OpenMP would take; `work` has room for them: see amx.py.
 void falqon_amx_matmul(i64 layers, const bf16* x, i64 tokens, i64 in, const uint8_t* const* codes,
                         const float* const* scales, const i64* outs, i64 rank,
                         const float* const* proxies, const float* factors, bf16* const* results,
-                        bf16* adapters, bf16* work) {
+                        bf16* adapters, i64 team, bf16* work) {
     const i64 wide = filled(rank), thin = layers * wide, out = sum_of(outs, layers);
     bf16 *of_weights = work, *of_adapters = of_weights + out * in;
     bf16 *of_proxies = of_adapters + thin * in, *inner = of_proxies + (proxies ? out * wide : 0);
     if (rank == wide) inner = adapters;
-#pragma omp parallel
+#pragma omp parallel num_threads(int(team))
     {
         const i64 id = omp_get_thread_num(), threads = omp_get_num_threads();
         i64 turn = 0;
@@ -84,14 +85,14 @@ void falqon_amx_matmul_grad(i64 layers, const bf16* const* grads, const i64* str
                          i64 in, const uint8_t* const* codes, const float* const* scales,
                          const i64* outs, i64 rank, const float* const* proxies, const float* factors,
                          i64 rounded, const bf16* const* adapters, const i64* adapter_strides,
-                         bf16* grad_input, float* const* grad_proxies, bf16* work) {
+                         bf16* grad_input, float* const* grad_proxies, i64 team, bf16* work) {
     const i64 wide = filled(rank), thin = layers * wide, out = sum_of(outs, layers);
     const i64 whole = filled(tokens);
     bf16 *of_weights = work, *of_adapters = of_weights + out * in;
-    const i64 at_a_time = least(rows_at_a_time(out), filled(tokens)) + PANEL;
+    const i64 at_a_time = least(rows_at_a_time(out), whole) + PANEL;
     bf16 *of_proxies = of_adapters + thin * in, *columns = of_proxies + out * wide;
     bf16* of_threads = columns + thin * whole;
-#pragma omp parallel
+#pragma omp parallel num_threads(int(team))
     {
         const i64 id = omp_get_thread_num(), threads = omp_get_num_threads();
         const Share share(tokens, id, threads);
@@ -124,7 +125,7 @@ void falqon_amx_matmul_grad(i64 layers, const bf16* const* grads, const i64* str
         }
 #pragma omp barrier
         Tiles tiles;
-        float units[layers];
+        float units[layers];  // as compilers for Linux allow
         for (i64 l = 0; l < layers; l++) units[l] = *scales[0] / *scales[l];
         // Rows of `left` are a panel further apart than long: evenly apart, they would meet in the cache.
         const i64 apart = out + PANEL;
@@ -191,6 +192,6 @@ void falqon_amx_matmul_grad(i64 layers, const bf16* const* grads, const i64* str
 
 #else
 
-extern "C" i64 falqon_amx() { return 0; }
+extern "C" i64 falqon_amx_allowed() { return 0; }
 
 #endif

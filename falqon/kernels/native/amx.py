@@ -1,7 +1,8 @@
-"""Typed wrappers of amx.cpp: the matrix products of a group of melded layers, one call a direction.
+"""Typed wrappers of the C++ for AMX: matrix products of a group of melded layers, and attention.
 
-For processors with AMX. Sums run over the inner dimension from first to last, in float32, whatever
-the number of threads. All tensors are on the CPU, 16-bit ones are bfloat16.
+One call a direction, for processors with AMX. Sums run over the inner dimension from first to last,
+in float32, whatever the number of threads: the bits of torch's products, but where oneDNN starts a
+sum from what is added to it. All tensors are on the CPU, 16-bit ones are bfloat16.
 
 Shapes: T tokens, `in`/`out` features, r adapter rank; layers of a group have one input.
 """
@@ -25,7 +26,10 @@ _PANEL, _LEFT, _TOGETHER, _CHUNK, _DEEP, _ROWS = 32, 3 << 18, 6, 128, 256, 256
 
 
 def present() -> bool:
-    """Whether the processor has AMX, and system, compiler and `FALQON_NATIVE` let it be used."""
+    """Whether the processor has AMX, and system, compiler and `FALQON_NATIVE` let it be used.
+
+    The system has to be asked for it, which this does: before it, nothing here may be called.
+    """
     return wanted() and _present()
 
 
@@ -34,8 +38,8 @@ def _present() -> bool:
     found = ops.functions()
     if found is None:
         return False
-    found.falqon_amx.restype = _INT
-    return bool(found.falqon_amx())
+    found.falqon_amx_allowed.restype = _INT
+    return bool(found.falqon_amx_allowed())
 
 
 def takes(codes: Sequence[Tensor], tokens: int, rank: int) -> bool:
@@ -72,8 +76,9 @@ def forward(
     Returns:
         O_i [T, out_i], tensors of their own; O_A_i [T, r], parts of one tensor.
     """
-    x = x.contiguous()
+    x, proxies = x.contiguous(), _plain(proxies)
     (tokens, columns), count = x.shape, len(codes)
+    assert all(c.is_contiguous() and c.shape[1] == columns for c in codes)
     outs = [c.shape[0] - rank for c in codes]
     out, wide = sum(outs), _filled(rank)
     results = [x.new_empty(tokens, n) for n in outs]
@@ -94,6 +99,7 @@ def forward(
         (ctypes.c_float * count)(*factors),
         _pointers(results),
         ops.at(adapters),
+        _INT(torch.get_num_threads()),
         ops.at(work),
     )
     return results, [adapters] if count == 1 else list(adapters.split(rank, dim=1))
@@ -123,7 +129,7 @@ def backward(
     Returns:
         [T, in] or None; float32 [out_i, r] or None each.
     """
-    grads = [ops.rows(grad) for grad in grads]
+    grads, proxies = [ops.rows(grad) for grad in grads], _plain(proxies)
     adapters = [ops.rows(adapter) for adapter in adapters]
     count, columns, tokens = len(codes), codes[0].shape[1], grads[0].shape[0]
     outs = [c.shape[0] - rank for c in codes]
@@ -137,7 +143,8 @@ def backward(
     rows = min(max(_PANEL, _LEFT // (2 * out) // _PANEL * _PANEL), whole) + _PANEL
     own = max(rows * (out + _PANEL + count * wide), _TOGETHER * _PANEL * whole)
     size = (out + count * wide) * columns + out * wide + count * wide * whole
-    work = _work(size + torch.get_num_threads() * own)
+    team = torch.get_num_threads()
+    work = _work(size + team * own)
     ops.call(
         "amx_matmul_grad",
         _INT(count),
@@ -156,6 +163,7 @@ def backward(
         (_INT * count)(*(adapter.stride(0) for adapter in adapters)),
         None if grad_input is None else ops.at(grad_input),
         _pointers(grad_proxies),
+        _INT(team),
         ops.at(work),
     )
     return grad_input, grad_proxies
@@ -198,8 +206,8 @@ def attention(
         query.new_empty(batch, kv, keys, d),
     )
     out = query.new_empty(batch, length, heads, d)
-    threads = torch.get_num_threads()
-    work = _work(2 * batch * kv * keys * d + threads * keys * (_PANEL + 2))
+    team = torch.get_num_threads()
+    work = _work(2 * batch * kv * keys * d + team * keys * (_PANEL + 2))
     strided = (part for x in (query, key, value) for part in (ops.at(x), _INT(x.stride(1))))
     sizes = map(_INT, (batch, length, kv, heads // kv, d))
     ops.call(
@@ -212,7 +220,9 @@ def attention(
         ops.at(last),
         *sizes,
         ctypes.c_float(scaling),
-        *map(ops.at, (*kept, out, work)),
+        *map(ops.at, (*kept, out)),
+        _INT(team),
+        ops.at(work),
     )
     return out, *kept
 
@@ -247,7 +257,8 @@ def attention_grad(
     grads = tuple(grad.new_empty(batch, length, n, d) for n in (heads, kv, kv))
     own = 3 * keys * d + 2 * _CHUNK * keys + 2 * _PANEL * _CHUNK + 3 * _CHUNK * d
     own += 2 * (2 * keys * d + keys)
-    work = _work(torch.get_num_threads() * own)
+    team = torch.get_num_threads()
+    work = _work(team * own)
     sizes = map(_INT, (batch, length, kv, heads // kv, d))
     ops.call(
         "amx_attention_grad",
@@ -259,7 +270,9 @@ def attention_grad(
         ops.at(last),
         *sizes,
         ctypes.c_float(scaling),
-        *map(ops.at, (*grads, work)),
+        *map(ops.at, grads),
+        _INT(team),
+        ops.at(work),
     )
     return grads[0], grads[1], grads[2]
 
@@ -283,11 +296,16 @@ def dense_grad(grad: Tensor, weight: Tensor) -> Tensor:
     grad = grad.contiguous()
     (tokens, out), columns = grad.shape, weight.shape[1]
     result = grad.new_empty(tokens, columns)
-    own = _DEEP * columns + _ROWS * (_DEEP + _PANEL) + 2 * _filled(tokens) * columns
-    work = _work(torch.get_num_threads() * own)
+    team = torch.get_num_threads()
+    widest = columns + team * _PANEL  # of all threads together
+    work = _work((_DEEP + 2 * _filled(tokens)) * widest + team * _ROWS * (_DEEP + _PANEL))
     sizes = (_INT(tokens), _INT(out), ops.at(weight), _INT(columns))
-    ops.call("amx_dense_grad", ops.at(grad), *sizes, ops.at(result), ops.at(work))
+    ops.call("amx_dense_grad", ops.at(grad), *sizes, ops.at(result), _INT(team), ops.at(work))
     return result
+
+
+def _plain(proxies: Sequence[Tensor]) -> Sequence[Tensor]:
+    return [proxy.to(torch.float32).contiguous() for proxy in proxies]
 
 
 def _filled(n: int) -> int:
@@ -305,10 +323,11 @@ _THREAD = threading.local()
 def _work(size: int) -> Tensor:
     """Memory for `size` 16-bit values, until a thread's next call: the same for all calls.
 
-    It holds panels and what else a product needs by the way, a few megabytes that would otherwise
-    be allocated and freed hundreds of times a step.
+    It holds panels and what else a product needs by the way, about twice the largest group's
+    weights, which would otherwise be allocated and freed hundreds of times a step.
     """
     kept: Tensor | None = getattr(_THREAD, "work", None)
     if kept is None or kept.numel() < size:
+        kept = _THREAD.work = None  # not both at a time
         kept = _THREAD.work = torch.empty(size, dtype=torch.bfloat16, device="cpu")
     return kept

@@ -107,18 +107,18 @@ struct Heads {
 extern "C" {
 
 // q, k, v: [b, s, heads, d], tokens apart; kept_q, kept_k: rotated, kept_v: [b, kv, rows, d], filled
-// up with zeros. out: [b, s, heads, d]. `work`: see attention.py.
+// up with zeros. out: [b, s, heads, d]. `team`, `work`: as in amx.cpp.
 void falqon_amx_attention(const bf16* q, i64 q_stride, const bf16* k, i64 k_stride, const bf16* v,
                           i64 v_stride, const bf16* cos, const bf16* sin, i64 table_stride,
                           const int32_t* first, const int32_t* last, i64 batch, i64 length, i64 kv,
                           i64 group, i64 d, float factor, bf16* kept_q, bf16* kept_k, bf16* kept_v,
-                          bf16* out, bf16* work) {
+                          bf16* out, i64 team, bf16* work) {
     const Shape of = {batch, length, kv, group, d, first, last};
     const i64 rows = of.whole_rows(), keys = of.keys(), heads = batch * kv;
     bf16 *key_rows = work, *value_columns = key_rows + heads * keys * d;
     bf16* scores = value_columns + heads * keys * d;
-    float* kept = reinterpret_cast<float*>(scores + omp_get_max_threads() * PANEL * keys);
-#pragma omp parallel
+    float* kept = reinterpret_cast<float*>(scores + team * PANEL * keys);
+#pragma omp parallel num_threads(int(team))
     {
         const i64 id = omp_get_thread_num();
 #pragma omp for schedule(static)
@@ -176,12 +176,13 @@ void falqon_amx_attention_grad(const bf16* grad, i64 grad_stride, const bf16* ke
                                const bf16* kept_k, const bf16* kept_v, const bf16* cos,
                                const bf16* sin, i64 table_stride, const int32_t* first,
                                const int32_t* last, i64 batch, i64 length, i64 kv, i64 group, i64 d,
-                               float factor, bf16* grad_q, bf16* grad_k, bf16* grad_v, bf16* work) {
+                               float factor, bf16* grad_q, bf16* grad_k, bf16* grad_v,
+                               i64 team, bf16* work) {
     const Shape of = {batch, length, kv, group, d, first, last};
     const i64 rows = of.whole_rows(), keys = of.keys(), heads = batch * kv;
     const i64 own = 3 * keys * d + 2 * CHUNK * keys + 2 * PANEL * CHUNK + 3 * CHUNK * d +
                     2 * (2 * keys * d + keys);
-#pragma omp parallel
+#pragma omp parallel num_threads(int(team))
     {
         // What a thread needs: panels of k and v, probabilities and their gradients, those of 32 keys
         // with rows for columns, gradients of the output and panels of them and of q; sums.

@@ -12,17 +12,18 @@ static const i64 ROWS = 256;  // rows of the gradient, likewise
 
 extern "C" {
 
-// g W [tokens, in], for g [tokens, out] and W [out, in]. `work`: see amx.py.
+// g W [tokens, in], for g [tokens, out] and W [out, in]. `team`, `work`: as in amx.cpp.
 void falqon_amx_dense_grad(const bf16* grad, i64 tokens, i64 out, const bf16* weight, i64 in,
-                           bf16* result, bf16* work) {
+                           bf16* result, i64 team, bf16* work) {
     const i64 apart = DEEP + PANEL, whole = filled(tokens);
-#pragma omp parallel
+#pragma omp parallel num_threads(int(team))
     {
         const i64 id = omp_get_thread_num(), threads = omp_get_num_threads(), panels = in / PANEL;
         const i64 p0 = panels * id / threads, count = panels * (id + 1) / threads - p0;
         const i64 wide = count * PANEL;
-        bf16* right = work + id * (DEEP * in + ROWS * apart + 2 * whole * in);
-        bf16* left = right + DEEP * in;
+        const i64 widest = (panels + threads - 1) / threads * PANEL;
+        bf16* right = work + id * (DEEP * widest + ROWS * apart + 2 * whole * widest);
+        bf16* left = right + DEEP * widest;
         float* sums = reinterpret_cast<float*>(left + ROWS * apart);
         Tiles tiles;
         std::memset(sums, 0, size_t(whole * wide) * 4);

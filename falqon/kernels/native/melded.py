@@ -1,9 +1,9 @@
-"""Melded layers on a CPU: FP8 values straight in bfloat16, between matrix products of torch.
+"""Melded layers on a CPU: FP8 values straight in bfloat16, in matrix products of torch or by AMX.
 
-The same numbers as the reference path's, to the last bit: codes are never written, only the values
-that they would be decoded to, and scales that are powers of two are exact wherever they are
-applied. For recipes with one dynamic, power-of-two scale a token, or that round weights alone; see
-`takes`.
+The same numbers as the reference path's, to the last bit (by AMX, as `amx` says): codes are never
+written, only the values that they would be decoded to, and scales that are powers of two are exact
+wherever they are applied. For recipes with one dynamic, power-of-two scale a token, or that round
+weights alone; see `takes`.
 
 Shapes: T tokens, `in`/`out` features, r adapter rank; layers of a group have one input.
 """
@@ -102,6 +102,8 @@ def backward(
     Returns:
         [T, in] or None; float32 [out_i, r] or None each.
     """
+    if not (want_input or any(want_proxies)):
+        return None, [None for _ in codes]
     if amx.takes(codes, grads[0].shape[0], rank):
         wanted = (adapters, rounded, want_input, want_proxies)
         return amx.backward(grads, codes, scales, rank, proxies, factors, *wanted)

@@ -1,7 +1,7 @@
 """Typed wrappers of kernels.cpp: tensors in, tensors out.
 
-All take bfloat16 CPU tensors and scales that are powers of two; `usable` says whether they can be
-called. Shapes: T tokens, n features.
+Unless they say otherwise they take bfloat16 CPU tensors and scales that are powers of two; `usable`
+says whether they can be called. Shapes: T tokens, n features.
 """
 
 from __future__ import annotations

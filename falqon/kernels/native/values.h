@@ -19,8 +19,8 @@ static inline float from_bits(uint32_t bits) { float x; std::memcpy(&x, &bits, 4
 static inline uint32_t to_bits(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
 static inline float widen(bf16 x) { return from_bits(uint32_t(x) << 16); }
 
-// Round to nearest, ties to even. NaN stays NaN: what arithmetic makes of 16-bit values has nothing
-// in its lower half that could carry over.
+// Round to nearest, ties to even. NaN stays NaN as long as its lower half is empty, as it is in those
+// that arithmetic makes, and makes of 16-bit values.
 static inline bf16 narrow(float x) {
     uint32_t bits = to_bits(x);
     return bf16((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
@@ -66,6 +66,7 @@ static inline void put_rounded(__m512 x, bf16* to) {
 
 static inline __m512 exponentials(__m512 x) {
     // NaN, the second operand, stays NaN; from 88.73 up the last step overflows to infinity.
+    const __mmask16 there = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.33654f), _CMP_NLT_UQ);
     x = _mm512_min_ps(_mm512_set1_ps(89.0f), x);
     x = _mm512_max_ps(_mm512_set1_ps(-87.33654f), x);
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
@@ -78,7 +79,7 @@ static inline __m512 exponentials(__m512 x) {
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
     p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return _mm512_scalef_ps(p, n);
+    return _mm512_maskz_scalef_ps(there, p, n);
 }
 #endif
 
