@@ -8,7 +8,7 @@
 
 #ifdef FALQON_HAS_AMX
 
-static const i64 TOGETHER = 6;  // panels of gradients that are read at a time
+static const i64 TOGETHER = 6;  // panels of gradients that are read at a time, at most
 
 extern "C" {
 
@@ -158,12 +158,13 @@ void falqon_amx_matmul_grad(i64 layers, const bf16* const* grads, const i64* str
             });
         }
         bf16* panels = left;
+        const i64 together = most(1, least(TOGETHER, RIGHT / (whole * PANEL * 2)));
         for (i64 l = 0; l < layers; l++) {
             if (!grad_proxies[l]) continue;
             const Plain grad = {grads[l], strides[l], tokens, outs[l]};
             const i64 all = outs[l] / PANEL, end = all * (id + 1) / threads * PANEL;
-            for (i64 begin = all * id / threads * PANEL; begin < end; begin += TOGETHER * PANEL) {
-                const i64 count = least(TOGETHER, (end - begin) / PANEL);
+            for (i64 begin = all * id / threads * PANEL; begin < end; begin += together * PANEL) {
+                const i64 count = least(together, (end - begin) / PANEL);
                 pack_columns(grad, begin, whole, panels, count);
                 const Product of = {columns + l * wide * whole, whole, panels, whole};
                 for (i64 p = 0; p < count; p++) for (i64 r = 0; r < wide; r += PANEL) {
