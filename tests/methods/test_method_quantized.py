@@ -121,7 +121,8 @@ def test_it_trains_resumes_and_merges(
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     state = check_resume(lambda: kind(**settings), tiny_llama, 0.05)
     assert set(state) == set(trained)
-    # LLM.int8 rounds its inputs to 8 bits, which the merged model does not.
+    # LLM.int8 rounds its inputs to 8 bits, which the merged model does not: to 1/127 of a row's
+    # largest value, up to 6, so that values around 1 are off by 1.4%, and more after some layers.
     check_merge(kind(**settings), tiny_llama, 0.05, share=0.05 if kind is LLMInt8LoRA else None)
 
 
