@@ -257,7 +257,7 @@ def run(args: list[str] | None = None) -> FalqonCLI:
     """
     separate_attempts()
     # With `deterministic: true` torch would fill whatever it allocates before it is written, which
-    # takes a twelfth of a step and helps those alone who read what they have not written.
+    # takes a tenth of a step and helps those alone who read what they have not written.
     switches: Any = torch.utils.deterministic
     before, switches.fill_uninitialized_memory = switches.fill_uninitialized_memory, False
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch import Trainer
 
+from falqon import training
 from falqon.checkpoint import read_checkpoint, training_hash
 from falqon.cli import main as falqon_command
+from falqon.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 Config = dict[str, Any]
@@ -369,3 +372,19 @@ def test_a_full_disk_leaves_the_old_checkpoint(tiny_run: Callable, tmp_path: Pat
     assert "Traceback" not in second.stderr
     assert checkpoint.read_bytes() == before
     assert os.listdir(checkpoint.parent) == ["last.ckpt"]
+
+
+def test_deterministic_runs_do_not_fill_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    switches: Any = torch.utils.deterministic
+    monkeypatch.setattr(switches, "fill_uninitialized_memory", True)
+    seen = []
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        seen.append(switches.fill_uninitialized_memory)
+        raise InputError("enough")
+
+    monkeypatch.setattr(training, "FalqonCLI", stop)
+    with pytest.raises(SystemExit):
+        training.run([])
+    assert seen == [False]
+    assert switches.fill_uninitialized_memory is True

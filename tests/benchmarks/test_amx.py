@@ -1,0 +1,49 @@
+"""The benchmark of AMX beside torch."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.amx import main
+from falqon.kernels.native import amx, build
+
+SMALL = [
+    "--tokens",
+    "64",
+    "--length",
+    "32",
+    "--rank",
+    "8",
+    "--hidden",
+    "64",
+    "--intermediate",
+    "96",
+    "--heads",
+    "2",
+    "--kv-heads",
+    "1",
+    "--vocabulary",
+    "128",
+    "--repeats",
+    "1",
+]
+
+
+@pytest.mark.skipif(
+    build.compiler() is None or not amx.present(), reason="the processor has no AMX"
+)
+def test_both_ways_are_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    present = amx.present
+    assert main(SMALL) == 0
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    names = ["q, k, v", "o", "gate, up", "down", "attention", "through the output embedding"]
+    assert [row[0] for row in cells] == names
+    assert all(len(row) == 9 and float(row[4]) > 0 and float(row[5]) > 0 for row in cells)
+    assert amx.present is present
+
+
+def test_without_amx(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(amx, "present", lambda: False)
+    assert main(SMALL) == 2
+    assert "no AMX" in capsys.readouterr().err
