@@ -21,6 +21,7 @@ from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
+from falqon import decoder
 from falqon.groups import (
     apply_group,
     has_hooks,
@@ -30,7 +31,7 @@ from falqon.groups import (
     tie,
 )
 from falqon.kernels import RmsNormQuantize, SwigluQuantize
-from falqon.kernels.native import attention
+from falqon.kernels.native import amx, attention, ops
 from falqon.linear import MeldedLinear
 
 _OTHER_ATTENTION = ("softcap", "position_bias", "output_attentions", "cache", "is_causal")
@@ -152,12 +153,15 @@ class GroupedAttention(Grouped):
             out.view(*leading, -1, self.head_dim)
             for out in apply_group(self.group(), hidden_states, norm, self.norm_quantize)
         ]
-        heads = list(self.normed_heads(*heads))
-        if past_key_values is None and position_embeddings is not None:
-            out = self._attend_natively(heads, position_embeddings, attention_mask, kwargs)
-            if out is not None:
+        query, key, value = self.normed_heads(*heads)
+        if past_key_values is None and position_embeddings is not None and len(leading) == 2:
+            shape = (*leading, query.shape[2], key.shape[2])
+            ranges = self.native_ranges(shape, position_embeddings, attention_mask, kwargs)
+            if ranges is not None and ops.usable(query, key, value):
+                cos, sin = position_embeddings
+                out = attention.attend(query, key, value, cos, sin, ranges, self.scaling)
                 return self.o_proj(out.reshape(*leading, -1)), None
-        query, key, value = (x.transpose(1, 2) for x in heads)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         query, key = self.modeling.apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -177,29 +181,30 @@ class GroupedAttention(Grouped):
         )
         return self.o_proj(out.reshape(*leading, -1).contiguous()), weights
 
-    def _attend_natively(
+    def native_ranges(
         self,
-        heads: list[Tensor],
+        shape: tuple[int, int, int, int],
         rotation: tuple[Tensor, Tensor],
         mask: Tensor | None,
         options: dict[str, Any],
-    ) -> Tensor | None:
-        """Output [b, s, h, head_dim] of the compiled CPU path; None if that does not apply."""
-        query, key, value = heads
-        cos, sin = rotation
+    ) -> attention.Ranges | None:
+        """Which keys queries see, for the compiled CPU path; None if that does not apply.
+
+        Args:
+            shape: b, s, h and kv.
+            rotation, mask, options: as `forward` is given them.
+        """
+        batch, length, heads, kv = shape
         if (
             self.config._attn_implementation != "sdpa"
             or (self.training and self.attention_dropout)
             or any(options.get(name) for name in _OTHER_ATTENTION)
             or not self.is_causal
-            or query.dim() != 4
-            or not attention.takes(query, key, value, cos, sin)
+            or rotation[0].shape[-1] != self.head_dim
+            or not attention.takes(heads, kv, length, *rotation)
         ):
             return None
-        ranges = attention.ranges_of(mask, query.shape[0], query.shape[1])
-        if ranges is None:
-            return None
-        return attention.attend(query, key, value, cos, sin, ranges, self.scaling)
+        return attention.ranges_of(mask, batch, length)
 
     def normed_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """What the family does to heads [b, s, h, head_dim] before they are rotated."""
@@ -225,6 +230,10 @@ class GroupedDecoderLayer(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         """See the class of transformers. Returns [b, s, n]."""
+        if past_key_values is None and position_embeddings is not None:
+            parts = self._parts(hidden_states, position_embeddings, attention_mask, kwargs)
+            if parts is not None:
+                return decoder.apply_decoder(parts, hidden_states, position_embeddings)
         x, given = _normed(self.input_layernorm, self.self_attn, hidden_states)
         attended, _ = self.self_attn(
             hidden_states=x,
@@ -239,6 +248,47 @@ class GroupedDecoderLayer(nn.Module):
         hidden_states = hidden_states + attended
         x, given = _normed(self.post_attention_layernorm, self.mlp, hidden_states)
         return hidden_states + self.mlp(x, **given)
+
+    def _parts(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        options: dict[str, Any],
+    ) -> decoder.Decoder | None:
+        """The layer's parts if they can be run as one function on the compiled CPU path."""
+        attend, mlp = self.self_attn, self.mlp
+        if not (isinstance(attend, GroupedAttention) and isinstance(mlp, GroupedMlp)):
+            return None
+        norms = (self.input_layernorm, self.post_attention_layernorm)
+        first, second, activation = attend.norm_quantize, mlp.norm_quantize, mlp.swiglu_quantize
+        if (
+            first is None
+            or second is None
+            or activation is None
+            or x.dim() != 3
+            or type(attend).normed_heads is not GroupedAttention.normed_heads
+            or any(norm.weight.dtype != x.dtype or norm.weight.requires_grad for norm in norms)
+        ):
+            return None
+        groups: tuple[Any, Any, Any, Any] = (
+            attend.group(),
+            [attend.o_proj],
+            mlp.group(),
+            [mlp.down_proj],
+        )
+        others = (attend, mlp, *norms, mlp.act_fn, first, second, activation)
+        if not decoder.takes(groups, others, x):
+            return None
+        heads, kv = (groups[0][i].out_features // attend.head_dim for i in (0, 1))
+        batch, length, _ = x.shape
+        ranges = attend.native_ranges((batch, length, heads, kv), rotation, mask, options)
+        if ranges is None:
+            return None
+        by_amx = amx.attends(attend.head_dim)
+        way = attention.Way(ranges, attend.scaling, heads, kv, by_amx)
+        weights = (norms[0].weight, norms[1].weight)
+        return decoder.Decoder(*groups, weights, (first, second), activation, way)
 
 
 def _normed(norm: nn.Module, block: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, nn.Module]]:

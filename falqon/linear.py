@@ -78,11 +78,7 @@ class _MeldedFunction(torch.autograd.Function):
         )
         first, dtype = layers[0], inputs[0].dtype
         quantize = first.quantize_input if source is None else source
-        # Whoever replaced a step (tensor parallelism) or looks at one wants it to be called.
-        own = type(first.melded_matmul), type(first.backbone_matmul)
-        steps = (quantize, first.quantize_gradient, first.melded_matmul, first.backbone_matmul)
-        native = own == (MeldedMatmul, BackboneMatmul) and not any(map(has_hooks, steps))
-        native = native and melded.takes(first.recipe, codes, inputs)
+        native = _has_own_steps(first, quantize) and melded.takes(first.recipe, codes, inputs)
         live = proxies if first.live else ()
         if native:
             x_values, *extra = quantize.values(*inputs)  # type: ignore[operator]
@@ -119,9 +115,7 @@ class _MeldedFunction(torch.autograd.Function):
         _, _, _, *needed = ctx.needs_input_grad
         need_input = any(needed[:count])
         need_proxy, need_bias = (needed[count + i * number :][:number] for i in (2, 3))
-        # Likewise, each layer's own.
-        replaced = [type(x.proxy_grad) is not ProxyGrad or has_hooks(x.proxy_grad) for x in layers]
-        at_once = ctx.native and not any(replaced)
+        at_once = ctx.native and all(map(_has_own_proxy_grad, layers))
         grad_input = None
         grad_proxies: list[Tensor | None] = [None] * number
         if ctx.native:
@@ -151,11 +145,33 @@ class _MeldedFunction(torch.autograd.Function):
             shapes = zip(rows, ctx.shapes, strict=True)
             grad_inputs = [None if grad is None else grad.view(shape) for grad, shape in shapes]
         grad_biases = [
-            grad.sum(dim=0, dtype=torch.float32).to(grad.dtype) if need else None
+            bias_gradient(grad) if need else None
             for need, grad in zip(need_bias, grads, strict=True)
         ]
         nothing = [None] * (2 * number)  # for codes and scales
         return None, None, None, *grad_inputs, *nothing, *grad_proxies, *grad_biases
+
+
+def is_as_made(layers: Sequence[MeldedLinear]) -> bool:
+    """Whether nobody replaced or watches a step that layers with one input are made of."""
+    first = layers[0]
+    return _has_own_steps(first, first.quantize_input) and all(map(_has_own_proxy_grad, layers))
+
+
+def _has_own_steps(first: MeldedLinear, quantize: nn.Module) -> bool:
+    # Whoever replaced a step (tensor parallelism) or looks at one wants it to be called.
+    own = type(first.melded_matmul), type(first.backbone_matmul)
+    steps = (quantize, first.quantize_gradient, first.melded_matmul, first.backbone_matmul)
+    return own == (MeldedMatmul, BackboneMatmul) and not any(map(has_hooks, steps))
+
+
+def _has_own_proxy_grad(layer: MeldedLinear) -> bool:
+    return type(layer.proxy_grad) is ProxyGrad and not has_hooks(layer.proxy_grad)
+
+
+def bias_gradient(grad: Tensor) -> Tensor:
+    """Gradient of a bias [out] from that of the output [T, out], summed in float32."""
+    return grad.sum(dim=0, dtype=torch.float32).to(grad.dtype)
 
 
 def _as_rows(x: Tensor) -> Tensor:

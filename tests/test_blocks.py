@@ -48,18 +48,16 @@ KINDS = {**RECIPES, "delayed": DELAYED}
 def make_base(family: str = "llama", **changes: Any) -> PreTrainedModel:
     config_class, own = FAMILIES[family]
     torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
     config = config_class(
         vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
         max_position_embeddings=64,
         eos_token_id=None,
         pad_token_id=0,
-        **({"attn_implementation": "sdpa"} | own | changes),
+        **({"attn_implementation": "sdpa"} | sizes | own | changes),
     )
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -69,7 +69,7 @@ def test_attention(heads: int, kv: int, d: int, kind: str, units: None) -> None:
     grad = torch.randn(shapes[0]).to(BF16)
     ranges = attention.ranges_of(mask, batch, length)
     assert ranges is not None
-    assert attention.takes(*given, cos, sin)
+    assert attention.takes(heads, kv, length, cos, sin)
     ours = attention.attend(*given, cos, sin, ranges, d**-0.5)
     exact = [x.detach().double().requires_grad_() for x in given]
     expected = sdpa(exact, cos.double(), sin.double(), mask)

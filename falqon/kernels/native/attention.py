@@ -16,14 +16,13 @@ Shapes: b rows of s tokens, h query heads, kv key heads, d values in a head.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.profiler import record_function
 
 from falqon.kernels.native import amx, ops
 
@@ -99,17 +98,18 @@ def _read(mask: Tensor, batch: int, length: int) -> Ranges | None:
     return Ranges(first.expand(batch, length).contiguous(), last.expand(batch, length).contiguous())
 
 
-def takes(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether `attend` can be called with these."""
-    d = query.shape[-1]
+def takes(heads: int, kv: int, length: int, cos: Tensor, sin: Tensor) -> bool:
+    """Whether heads of these numbers, rotated by these tables, can be attended to.
+
+    Queries, keys and values have to be `ops.usable`, and as many values as the tables.
+    """
+    d = cos.shape[-1]
     return (
-        ops.usable(query, key, value, cos, sin)
+        ops.usable(cos, sin)
         and d % 2 == 0
         and cos.shape == sin.shape
-        and cos.shape[-2:] == (query.shape[1], d)
-        and key.shape[-1] == value.shape[-1] == d
-        and query.shape[1] > 1
-        and query.shape[2] % key.shape[2] == 0
+        and cos.shape[-2] == length > 1
+        and heads % kv == 0
     )
 
 
@@ -134,42 +134,12 @@ def attend(
     Returns:
         [b, s, h, d].
     """
-    way = _AmxAttention if amx.attends(query.shape[-1]) else _Attention
-    out: Tensor = way.apply(query, key, value, cos, sin, ranges, scaling)
+    out: Tensor = _Attention.apply(query, key, value, cos, sin, ranges, scaling)
     return out
-
-
-class _AmxAttention(torch.autograd.Function):
-    @staticmethod
-    @record_function("falqon::attention")
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        ranges: Ranges,
-        scaling: float,
-    ) -> Tensor:
-        cos, sin = cos.contiguous(), sin.contiguous()
-        seen = (ranges.first, ranges.last)
-        out, *kept = amx.attention(query, key, value, cos, sin, *seen, scaling)
-        ctx.save_for_backward(*kept, cos, sin)
-        ctx.rest = (*seen, scaling, query.shape[2], key.shape[2])
-        return out
-
-    @staticmethod
-    @once_differentiable
-    @record_function("falqon::attention")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grads = amx.attention_grad(grad, *ctx.saved_tensors, *ctx.rest)
-        return *grads, None, None, None, None
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    @record_function("falqon::attention")
     def forward(
         ctx: Any,
         query: Tensor,
@@ -180,9 +150,64 @@ class _Attention(torch.autograd.Function):
         ranges: Ranges,
         scaling: float,
     ) -> Tensor:
-        (batch, length, heads, d), kv = query.shape, key.shape[2]
+        way = Way(ranges, scaling, query.shape[2], key.shape[2], amx.attends(query.shape[-1]))
         cos, sin = cos.contiguous(), sin.contiguous()
-        group = heads // kv
+        out, kept = way.forward(query, key, value, cos, sin)
+        ctx.save_for_backward(*kept, cos, sin)
+        ctx.way = way
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *kept, cos, sin = ctx.saved_tensors
+        return *ctx.way.backward(grad, kept, cos, sin), None, None, None, None
+
+
+class Way(NamedTuple):
+    """How attention is computed, in both directions and without autograd.
+
+    Attributes:
+        ranges: which keys are seen.
+        scaling: of the scores.
+        heads, kv: numbers of heads of queries and of keys.
+        by_amx: by the processor's matrix unit, which `amx.attends` allows.
+    """
+
+    ranges: Ranges
+    scaling: float
+    heads: int
+    kv: int
+    by_amx: bool
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As `attend`, with tables that are contiguous; and what `backward` needs of it."""
+        seen = (self.ranges.first, self.ranges.last)
+        with ops.named("attention"):
+            if not self.by_amx:
+                return self._by_matmuls(query, key, value, cos, sin)
+            out, *kept = amx.attention(query, key, value, cos, sin, *seen, self.scaling)
+            return out, kept
+
+    def backward(
+        self, grad: Tensor, kept: Sequence[Tensor], cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value from that of the output, [b, s, h, d]."""
+        q, k, v = kept
+        seen = (self.ranges.first, self.ranges.last)
+        with ops.named("attention"):
+            if not self.by_amx:
+                return self._gradients_by_matmuls(grad, q, k, v, cos, sin)
+            given = (grad, q, k, v, cos, sin, *seen, self.scaling, self.heads, self.kv)
+            return amx.attention_grad(*given)
+
+    def _by_matmuls(
+        self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        (batch, length, heads, d), kv = query.shape, self.kv
+        ranges, group = self.ranges, heads // kv
         q = ops.rotated(query, cos, sin, kv).view(batch * kv, length * group, d)
         k = ops.rotated(key, cos, sin, kv).view(batch * kv, length, d)
         v = ops.regrouped(value, kv).view(batch * kv, length, d)
@@ -190,19 +215,16 @@ class _Attention(torch.autograd.Function):
         for start, count, low, high in ranges.blocks(batch * kv, group):
             rows = slice(start * group, (start + count) * group)
             scores = torch.bmm(q[:, rows], k[:, low:high].transpose(1, 2))
-            ops.softmax_(scores, ranges.first, ranges.last, start, count, low, scaling)
+            ops.softmax_(scores, ranges.first, ranges.last, start, count, low, self.scaling)
             out[:, rows] = torch.bmm(scores, v[:, low:high])
-        ctx.save_for_backward(q, k, v, cos, sin)
-        ctx.ranges, ctx.scaling, ctx.shape = ranges, scaling, (batch, length, kv, group, d)
-        return ops.ungrouped(out.view(batch, kv, length, group, d))
+        return ops.ungrouped(out.view(batch, kv, length, group, d)), [q, k, v]
 
-    @staticmethod
-    @once_differentiable
-    @record_function("falqon::attention")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, cos, sin = ctx.saved_tensors
-        ranges, scaling = ctx.ranges, ctx.scaling
-        batch, length, kv, group, d = ctx.shape
+    def _gradients_by_matmuls(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ranges, scaling, kv = self.ranges, self.scaling, self.kv
+        batch, length, _, d = grad.shape
+        group = self.heads // kv
         grad_out = ops.regrouped(grad, kv).view_as(q)
         grad_q = torch.zeros_like(q)
         # Keys are seen by several blocks of queries: their gradients are summed in float32.
@@ -222,8 +244,4 @@ class _Attention(torch.autograd.Function):
             ops.rotated_grad(grad_q.view(batch, kv, length, group, d), cos, sin),
             ops.rotated_grad(grad_k.to(k.dtype).view(shape), cos, sin),
             ops.ungrouped(grad_v.to(v.dtype).view(shape)),
-            None,
-            None,
-            None,
-            None,
         )

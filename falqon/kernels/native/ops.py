@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from falqon.kernels.native.build import library, wanted
 _INT = ctypes.c_int64
 _BF16 = torch.bfloat16
 _PLAIN = (Tensor, torch.nn.Parameter)
+_UNNAMED: AbstractContextManager[Any] = nullcontext()
 
 
 @lru_cache(maxsize=1)
@@ -50,11 +53,15 @@ def usable(*tensors: Tensor) -> bool:
 def call(name: str, *args: object) -> None:
     """Call a compiled function; a profiler that is running sees it as `falqon::name`."""
     function = getattr(functions(), "falqon_" + name)
-    if torch.autograd._profiler_enabled():  # entering a range costs more than some of the calls
-        with torch.profiler.record_function(f"falqon::{name}"):
-            function(*args)
-    else:
+    with named(name):
         function(*args)
+
+
+def named(name: str) -> AbstractContextManager[Any]:
+    """What is run in it, a profiler that is running sees as `falqon::name`."""
+    if torch.autograd._profiler_enabled():  # entering a range costs more than some of the calls
+        return torch.profiler.record_function(f"falqon::{name}")
+    return _UNNAMED
 
 
 def at(tensor: Tensor) -> ctypes.c_void_p:
