@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from falqon.groups import run_together
 from falqon.kernels import RmsNormQuantize, SwigluQuantize
-from falqon.kernels.native import attention, melded
+from falqon.kernels.native import attention, melded, ops
 from falqon.linear import MeldedLinear, bias_gradient, has_hooks, is_as_made
 
 
@@ -142,8 +142,7 @@ class _DecoderFunction(torch.autograd.Function):
         if of_gated.needs_any():
             of_values = of_gated.run(parts.activation.backward(of_activation, gate, up))
         if of_output.needs_any():
-            of_normed, _ = parts.normed[1].backward(of_values, middle, second, of_middle)
-            grad = of_normed.add_(grad)
+            grad = ops.rms_norm_grad(of_values, middle, second, of_middle, grad)
             of_attended = of_output.run([grad])
         if of_heads.needs_any():
             heads = of_attended.view(*ctx.shape[:-1], -1, cos.shape[-1])
@@ -151,8 +150,7 @@ class _DecoderFunction(torch.autograd.Function):
             of_values = of_heads.run([part.reshape(len(grad), -1) for part in of_split])
         of_input = None
         if of_heads.want_input:
-            of_normed, _ = parts.normed[0].backward(of_values, x, first, of_x)
-            of_input = of_normed.add_(grad).view(ctx.shape)
+            of_input = ops.rms_norm_grad(of_values, x, first, of_x, grad).view(ctx.shape)
         return None, None, None, of_input, *chain.from_iterable(step.results for step in steps)
 
 

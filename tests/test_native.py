@@ -121,14 +121,22 @@ def test_swiglu_for_every_gate() -> None:
 
 
 @needs_compiler
-def test_rms_norm() -> None:
-    x, grad = torch.randn(50, 576).to(BF16) * 3, torch.randn(50, 576).to(BF16)
-    weight = torch.randn(576).to(BF16)
+@pytest.mark.parametrize("n", [576, 33, 1000, 4096, 11008])
+@pytest.mark.parametrize("sums_as_torch", [True, False])
+def test_rms_norm(n: int, sums_as_torch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not sums_as_torch:  # as where torch sums in another order
+        monkeypatch.setattr(ops, "_sums_as_torch", lambda: False)
+    x, grad = torch.randn(50, n).to(BF16) * 3, torch.randn(50, n).to(BF16)
+    weight = torch.randn(n).to(BF16)
     codes, scale, inverse = rms_norm_quantize(x, weight, 1e-5, E4M3, "power_of_two")
     expected = decode(codes, E4M3, BF16) * (1.0 / scale).to(BF16)
-    assert torch.equal(ops.rms_norm_quantized(x, weight, inverse), expected)
+    values, ours = ops.rms_norm_quantized(x, weight, 1e-5)
+    assert torch.equal(values, expected)
+    assert torch.equal(ours, inverse)
     normed, _, _ = rms_norm_quantize(x, weight, 1e-5, None, "power_of_two")
-    assert torch.equal(ops.rms_norm_quantized(x, weight, inverse, rounded=False), normed)
+    assert torch.equal(ops.rms_norm_quantized(x, weight, 1e-5, rounded=False)[0], normed)
+    summed = ops.rms_norm_grad(grad, x, weight, inverse, onto=x)
+    assert torch.equal(summed, ops.rms_norm_grad(grad, x, weight, inverse) + x)
     # The mean is summed in another order: a last bit now and then.
     ours, theirs = (f(grad, x, weight, inverse).float() for f in (ops.rms_norm_grad, rms_norm_grad))
     assert (ours != theirs).float().mean() < 1e-3
@@ -174,6 +182,7 @@ def test_number_of_threads_changes_nothing() -> None:
         return [
             ops.quantized([x], [1.0]),
             ops.rms_norm_grad(x, x, weight, inverse),
+            *ops.rms_norm_quantized(x, weight, 1e-5),
             *ops.swiglu_grad(x, x, x),
             ops.cross_entropy(x.clone(), targets, True),
             ops.square_sums([x.float(), inverse]),  # type: ignore[list-item]

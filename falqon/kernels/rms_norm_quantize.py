@@ -32,21 +32,12 @@ def rms_norm_quantize(
         1 / rms(x) float32 [T, 1], for the gradient.
     """
     wide = x.to(torch.float32)
-    inverse_rms = _inverse_rms(wide, eps)
+    inverse_rms = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     normed = weight * (wide * inverse_rms).to(x.dtype)
     if fmt is None:
         return normed, wide.new_ones(1), inverse_rms
     codes, scale = quantize(normed, fmt, "per_token", rounding)
     return codes, scale, inverse_rms
-
-
-def _inverse_rms(wide: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-
-
-def _inverse_rms_of_copy(wide: Tensor, eps: float) -> Tensor:
-    """The same, for a tensor that may be overwritten: half of the memory is not touched."""
-    return wide.square_().mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 
 def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> Tensor:
@@ -122,8 +113,7 @@ class RmsNormQuantize(nn.Module):
 
     def values(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Values of the codes, by the compiled CPU path; and 1 / rms(x)."""
-        inverse_rms = _inverse_rms_of_copy(x.to(torch.float32, copy=True), self.eps)
-        return ops.rms_norm_quantized(x, weight, inverse_rms, self.fmt is not None), inverse_rms
+        return ops.rms_norm_quantized(x, weight, self.eps, self.fmt is not None)
 
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor

@@ -140,32 +140,62 @@ def quantized(parts: Sequence[Tensor], factors: Sequence[float], e5m2: bool = Fa
 
 
 def rms_norm_quantized(
-    x: Tensor, weight: Tensor, inverse_rms: Tensor, rounded: bool = True
-) -> Tensor:
-    """`DQ(Q(w * (x * inverse_rms)))` in E4M3, with one scale a row.
+    x: Tensor, weight: Tensor, eps: float, rounded: bool = True
+) -> tuple[Tensor, Tensor]:
+    """`DQ(Q(w * (x / rms(x))))` in E4M3, with one scale a row, `rms(x) = sqrt(mean(x^2) + eps)`.
+
+    The bits of `falqon.kernels.rms_norm_quantize.rms_norm_quantize`.
 
     Args:
         x: [T, n].
         weight: w, [n].
-        inverse_rms: float32 [T, 1].
+        eps: added to the mean square.
         rounded: to E4M3; otherwise only to bfloat16.
 
     Returns:
-        [T, n].
+        [T, n]; 1 / rms(x), float32 [T, 1].
     """
     x, weight = x.contiguous(), weight.contiguous()
+    known = not _sums_as_torch()
+    inverse = _inverse_rms(x, eps) if known else x.new_empty(len(x), 1, dtype=torch.float32)
+    return _rms_norm(x, weight, eps, inverse, known, rounded), inverse
+
+
+def _rms_norm(
+    x: Tensor, weight: Tensor, eps: float, inverse_rms: Tensor, known: bool, rounded: bool
+) -> Tensor:
     out = torch.empty_like(x)
-    sizes = (_INT(x.shape[0]), _INT(x.shape[1]), _INT(rounded))
-    call("rms_norm", at(x), at(weight), at(inverse_rms), *sizes, at(out))
+    given = (at(x), at(weight), ctypes.c_float(eps), _INT(known), at(inverse_rms))
+    call("rms_norm", *given, _INT(x.shape[0]), _INT(x.shape[1]), _INT(rounded), at(out))
     return out
 
 
-def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> Tensor:
-    """See `falqon.kernels.rms_norm_quantize.rms_norm_grad`."""
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    return x.to(torch.float32, copy=True).square_().mean(-1, keepdim=True).add_(eps).rsqrt_()
+
+
+@lru_cache(maxsize=1)
+def _sums_as_torch() -> bool:
+    """Whether the C++ sums the squares of a row in torch's order, which differs by processor."""
+    generator = torch.Generator().manual_seed(0)
+    for n in (1, 7, 8, 40, 576, 1541, 2048, 8232, 16384):
+        x = torch.randn(64, n, generator=generator).to(_BF16)
+        inverse = torch.empty(64, 1)
+        _rms_norm(x, x[0], 1e-5, inverse, False, False)
+        if not torch.equal(inverse, _inverse_rms(x, 1e-5)):
+            return False
+    return True
+
+
+def rms_norm_grad(
+    grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor, onto: Tensor | None = None
+) -> Tensor:
+    """See `falqon.kernels.rms_norm_quantize.rms_norm_grad`; plus `onto` [T, n], if given."""
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
+    onto = None if onto is None else onto.contiguous()
     out = torch.empty_like(x)
-    sizes = (_INT(x.shape[0]), _INT(x.shape[1]))
-    call("rms_norm_grad", at(grad), at(x), at(weight), at(inverse_rms), *sizes, at(out))
+    given = (at(grad), at(x), at(weight), at(inverse_rms), None if onto is None else at(onto))
+    call("rms_norm_grad", *given, _INT(x.shape[0]), _INT(x.shape[1]), at(out))
     return out
 
 
