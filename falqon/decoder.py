@@ -109,19 +109,18 @@ class _DecoderFunction(torch.autograd.Function):
         (values,) = parts.output[0].quantize_input.values(  # type: ignore[operator]
             attended.view(len(x), -1)
         )
-        (out,), of_output = _forward(parts.output, values)
-        middle = out.add_(x)
+        (middle,), of_output = _forward(parts.output, values, onto=x)
         values, of_middle = parts.normed[1].values(middle, parts.norms[1])
         (gate, up), of_gated = _forward(parts.gated, values)
         (values,) = parts.activation.values(gate, up)
-        (out,), of_down = _forward(parts.down, values)
+        (out,), of_down = _forward(parts.down, values, onto=middle)
         ctx.parts, ctx.shape = parts, hidden_states.shape
         ctx.counts = [len(some) for some in (of_heads, of_output, of_gated, of_down)]
         ctx.save_for_backward(
             *(*of_heads, *of_output, *of_gated, *of_down),
             *(x, of_x, middle, of_middle, *parts.norms, gate, up, cos, sin, *kept),
         )
-        return out.add_(middle).view(hidden_states.shape)
+        return out.view(hidden_states.shape)
 
     @staticmethod
     @once_differentiable
@@ -155,13 +154,15 @@ class _DecoderFunction(torch.autograd.Function):
 
 
 def _forward(
-    layers: Sequence[MeldedLinear], values: Tensor
+    layers: Sequence[MeldedLinear], values: Tensor, onto: Tensor | None = None
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
-    """Outputs of layers with one input, and what `_Backward` takes."""
+    """Outputs of layers with one input, of a single one plus `onto`; and what `_Backward` takes."""
     codes, scales = [layer.codes for layer in layers], [layer.scale for layer in layers]
     live = [layer.B for layer in layers] if layers[0].live else []
     biases, factors = [layer.bias for layer in layers], [layer.lora_scaling for layer in layers]
-    outs, adapters = melded.forward(values, codes, scales, biases, layers[0].rank, live, factors)
+    outs, adapters = melded.forward(
+        values, codes, scales, biases, layers[0].rank, live, factors, onto
+    )
     return outs, (*adapters, *codes, *scales, *live)
 
 

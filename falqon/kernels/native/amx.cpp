@@ -18,12 +18,13 @@ i64 falqon_amx_allowed() {
     return syscall(SYS_arch_prctl, ask_for, tile_data) == 0;
 }
 
-// O_A_i = x A_i^T, side by side, and O_i = x W_i^T + O_A_i B_i^T. `team`: how many threads may work
+// O_A_i = x A_i^T, side by side, and O_i = x W_i^T + O_A_i B_i^T, rounded. With `onto` [tokens, out] it
+// is added to the only layer's output, and the sum rounded. `team`: how many threads may work
 // on it, whatever OpenMP would take; `work` has room for them: see amx.py.
 void falqon_amx_matmul(i64 layers, const bf16* x, i64 tokens, i64 in, const uint8_t* const* codes,
                         const float* const* scales, const i64* outs, i64 rank,
-                        const float* const* proxies, const float* factors, bf16* const* results,
-                        bf16* adapters, i64 team, bf16* work) {
+                        const float* const* proxies, const float* factors, const bf16* onto,
+                        bf16* const* results, bf16* adapters, i64 team, bf16* work) {
     const i64 wide = filled(rank), thin = layers * wide, out = sum_of(outs, layers);
     bf16 *of_weights = work, *of_adapters = of_weights + out * in;
     bf16 *of_proxies = of_adapters + thin * in, *inner = of_proxies + (proxies ? out * wide : 0);
@@ -49,31 +50,27 @@ void falqon_amx_matmul(i64 layers, const bf16* x, i64 tokens, i64 in, const uint
 #pragma omp barrier
         Tiles tiles;
         const Share share(tokens, id, threads);
-        alignas(64) float sums[PANEL * PANEL], onto[PANEL * PANEL];
+        Writer writer;
         const Product first = {x, in, of_adapters, in};
         for_blocks(first, share.m0, share.m1, share.from(thin / PANEL), share.to(thin / PANEL),
                    [&](i64 m, i64 p) {
-            block(first, m, p, sums);
-            write(sums, inner + m * thin + p * PANEL, thin);
-            if (rank == wide) return;
-            i64 l = p * PANEL / wide, column = p * PANEL % wide;
-            for (i64 i = 0; i < PANEL; i++)
-                for (i64 j = 0; j < least(PANEL, rank - column); j++)
-                    adapters[(m + i) * layers * rank + l * rank + column + j] =
-                        inner[(m + i) * thin + p * PANEL + j];
+            writer.block(first, m, p, inner + m * thin + p * PANEL, thin);
         });
+        writer.finish();
 #pragma omp barrier
+        for (i64 m = share.m0; rank != wide && share.part == 0 && m < share.m1; m++)
+            for (i64 l = 0; l < layers; l++)
+                std::memcpy(adapters + (m * layers + l) * rank, inner + m * thin + l * wide,
+                            size_t(rank) * 2);
         weight = of_weights, proxy = of_proxies;
         for (i64 l = 0; l < layers; l++) {
             const Product backbone = {x, in, weight, in}, pending = {inner + l * wide, thin, proxy, wide};
             const i64 panels = outs[l] / PANEL;
             for_blocks(backbone, share.m0, share.m1, share.from(panels), share.to(panels),
                        [&](i64 m, i64 p) {
-                bf16* to = results[l] + m * outs[l] + p * PANEL;
-                if (proxies) block(pending, m, p, onto);
-                block(backbone, m, p, sums);
-                if (proxies) write_sum(sums, onto, to, outs[l]);
-                else write(sums, to, outs[l]);
+                const i64 at = m * outs[l] + p * PANEL;
+                writer.block(backbone, m, p, results[l] + at, outs[l],
+                             proxies ? &pending : nullptr, onto ? onto + at : nullptr);
             });
             weight += outs[l] * in, proxy += outs[l] * wide;
         }
@@ -96,7 +93,6 @@ void falqon_amx_matmul_grad(i64 layers, const bf16* const* grads, const i64* str
     {
         const i64 id = omp_get_thread_num(), threads = omp_get_num_threads();
         const Share share(tokens, id, threads);
-        alignas(64) float sums[PANEL * PANEL], onto[PANEL * PANEL];
         i64 turn = 0;
         if (grad_input) {
             i64 row = 0;
@@ -125,6 +121,7 @@ void falqon_amx_matmul_grad(i64 layers, const bf16* const* grads, const i64* str
         }
 #pragma omp barrier
         Tiles tiles;
+        Writer writer;
         float units[layers];  // as compilers for Linux allow
         for (i64 l = 0; l < layers; l++) units[l] = *scales[0] / *scales[l];
         // Rows of `left` are a panel further apart than long: evenly apart, they would meet in the cache.
@@ -143,21 +140,20 @@ void falqon_amx_matmul_grad(i64 layers, const bf16* const* grads, const i64* str
                 const bf16* grad = grads[l] + m0 * strides[l];
                 const Product of = {grad, strides[l], of_proxies + row * wide, outs[l]};
                 for_blocks(of, 0, m1 - m0, 0, wide / PANEL, [&](i64 m, i64 p) {
-                    block(of, m, p, sums);
-                    write(sums, inner + m * thin + l * wide + p * PANEL, thin);
+                    writer.block(of, m, p, inner + m * thin + l * wide + p * PANEL, thin);
                 });
             }
+            writer.finish();
             const Product backbone = {left, apart, of_weights, out}, pending = {inner, thin, of_adapters, thin};
             const i64 panels = in / PANEL;
             for_blocks(backbone, 0, m1 - m0, share.from(panels), share.to(panels), [&](i64 m, i64 p) {
                 bf16* to = grad_input + (m0 + m) * in + p * PANEL;
-                if (proxies) block(pending, m, p, onto);
-                block(backbone, m, p, sums);
-                if (proxies) write_sum(sums, onto, to, in);
-                else write(sums, to, in);
+                writer.block(backbone, m, p, to, in, proxies ? &pending : nullptr);
             });
         }
+        writer.finish();
         bf16* panels = left;
+        alignas(64) float sums[PANEL * PANEL];
         const i64 together = most(1, least(TOGETHER, RIGHT / (whole * PANEL * 2)));
         for (i64 l = 0; l < layers; l++) {
             if (!grad_proxies[l]) continue;

@@ -41,7 +41,9 @@ struct Tiles {
 // Left factor [rows, k], and panels of the right one.
 struct Product { const bf16* left; i64 stride; const bf16* panels; i64 k; };
 
-static inline void add_product(const Product& of, i64 row, i64 panel) {
+// Sums of a block; `between(step)` is called between the multiplications of each 32 k.
+template <class Between>
+static inline void add_product(const Product& of, i64 row, i64 panel, Between between) {
     const bf16 *a = of.left + row * of.stride, *b = of.panels + panel * of.k * PANEL;
     i64 bytes = of.stride * 2;
     for (i64 k = 0; k < of.k; k += PANEL, b += PANEL * PANEL) {
@@ -55,20 +57,25 @@ static inline void add_product(const Product& of, i64 row, i64 panel) {
         _tile_dpbf16ps(1, 4, 7);
         _tile_loadd(5, a + 16 * of.stride + k, bytes);
         for (int i = 16; i < 24; i++) _mm_prefetch(next + i * 64, _MM_HINT_T0);
+        between(k / PANEL);
         _tile_dpbf16ps(2, 5, 6);
         for (int i = 24; i < 32; i++) _mm_prefetch(next + i * 64, _MM_HINT_T0);
         _tile_dpbf16ps(3, 5, 7);
     }
 }
 
+struct Nothing { void operator()(i64) const {} };
+
 // The sums of a product's block, [32, 32].
-static inline void block(const Product& of, i64 row, i64 panel, float* sums) {
+template <class Between = Nothing>
+static inline void block(const Product& of, i64 row, i64 panel, float* sums,
+                         Between between = Nothing()) {
     asm volatile("" : : : "memory");  // loads of tiles are not said to read memory
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    add_product(of, row, panel);
+    add_product(of, row, panel, between);
     _tile_stored(0, sums, 128);
     _tile_stored(1, sums + 16, 128);
     _tile_stored(2, sums + 512, 128);
@@ -82,7 +89,7 @@ static inline void add_to(const Product& of, i64 row, i64 panel, float* sums, i6
     _tile_loadd(1, sums + 16, stride * 4);
     _tile_loadd(2, sums + 16 * stride, stride * 4);
     _tile_loadd(3, sums + 16 * stride + 16, stride * 4);
-    add_product(of, row, panel);
+    add_product(of, row, panel, Nothing());
     _tile_stored(0, sums, stride * 4);
     _tile_stored(1, sums + 16, stride * 4);
     _tile_stored(2, sums + 16 * stride, stride * 4);
@@ -277,20 +284,67 @@ static inline void transpose_columns(const Plain& source, i64 column, i64 k, bf1
     }
 }
 
-// sums + what is rounded to bfloat16 before, rounded.
-static inline void write_sum(const float* sums, const float* onto, bf16* to, i64 stride) {
-    for (i64 i = 0; i < PANEL; i++, sums += PANEL, onto += PANEL, to += stride) {
-        __m512 low = _mm512_add_ps(_mm512_load_ps(sums), widened(narrowed(_mm512_load_ps(onto))));
-        __m512 high = _mm512_add_ps(_mm512_load_ps(sums + 16),
-                                    widened(narrowed(_mm512_load_ps(onto + 16))));
-        _mm512_storeu_si512(to, narrowed(low, high));
-    }
-}
-
 static inline void write(const float* sums, bf16* to, i64 stride) {
     for (i64 i = 0; i < PANEL; i++, sums += PANEL, to += stride)
         _mm512_storeu_si512(to, narrowed(_mm512_load_ps(sums), _mm512_load_ps(sums + 16)));
 }
+
+// Blocks of products, rounded and written while the next one is multiplied: they go to memory that no
+// cache has yet, and that would have to be waited for.
+class Writer {
+    alignas(64) float sums[2][PANEL * PANEL];
+    alignas(64) float others[2][PANEL * PANEL];
+    int at = 0;
+    struct { const float *sums, *others; bf16* to; const bf16* onto; i64 stride, row; } last;
+
+    void write_rows(i64 count) {
+        for (i64 i = last.row, end = i + count; i < end; i++) {
+            __m512 low = _mm512_load_ps(last.sums + i * PANEL);
+            __m512 high = _mm512_load_ps(last.sums + i * PANEL + 16);
+            if (last.others) {
+                __m512 a = _mm512_load_ps(last.others + i * PANEL);
+                __m512 b = _mm512_load_ps(last.others + i * PANEL + 16);
+                low = _mm512_add_ps(low, widened(narrowed(a)));
+                high = _mm512_add_ps(high, widened(narrowed(b)));
+            }
+            bf16* to = last.to + i * last.stride;
+            if (!last.onto) {
+                _mm512_storeu_si512(to, narrowed(low, high));
+                continue;
+            }
+            const bf16* onto = last.onto + i * last.stride;
+            put_rounded(_mm512_add_ps(widened(narrowed(low)), widened(onto)), to);
+            put_rounded(_mm512_add_ps(widened(narrowed(high)), widened(onto + 16)), to + 16);
+        }
+        last.row += count;
+    }
+
+public:
+    Writer() { last.row = PANEL; }
+    ~Writer() { finish(); }
+
+    void finish() { write_rows(PANEL - last.row); }
+
+    // A block of a product, rounded. With `other`, one of which is rounded before, the sum of both;
+    // with `onto`, the result is rounded, added to that and rounded again. Rows of `to` and `onto` are
+    // `stride` apart, and may be written by `finish` only.
+    void block(const Product& of, i64 m, i64 p, bf16* to, i64 stride,
+               const Product* other = nullptr, const bf16* onto = nullptr) {
+        float *mine = sums[at], *rest = others[at];
+        if (other) ::block(*other, m, p, rest);
+        ::block(of, m, p, mine, [&](i64 step) {
+            if (last.row < PANEL) write_rows(2);
+            if (step >= PANEL / 2) return;
+            for (i64 row = 2 * step; row < 2 * step + 2; row++) {
+                __builtin_prefetch(to + row * stride, 1);
+                if (onto) __builtin_prefetch(onto + row * stride);
+            }
+        });
+        finish();
+        last = {mine, other ? rest : nullptr, to, onto, stride, 0};
+        at ^= 1;
+    }
+};
 
 static i64 sum_of(const i64* values, i64 count) {
     i64 sum = 0;
