@@ -18,9 +18,15 @@ i64 falqon_amx_allowed() {
     return syscall(SYS_arch_prctl, ask_for, tile_data) == 0;
 }
 
+// How many 16-bit values the `work` of falqon_amx_matmul has to have room for.
+i64 falqon_amx_matmul_work(i64 layers, const i64* outs, i64 in, i64 rank, i64 tokens, i64 pending) {
+    const i64 wide = filled(rank), thin = layers * wide, out = sum_of(outs, layers);
+    return (out + thin) * in + (pending ? out * wide : 0) + (wide == rank ? 0 : tokens * thin);
+}
+
 // O_A_i = x A_i^T, side by side, and O_i = x W_i^T + O_A_i B_i^T, rounded. With `onto` [tokens, out] it
 // is added to the only layer's output, and the sum rounded. `team`: how many threads may work
-// on it, whatever OpenMP would take; `work` has room for them: see amx.py.
+// on it, whatever OpenMP would take; `work` has room for them.
 void falqon_amx_matmul(i64 layers, const bf16* x, i64 tokens, i64 in, const uint8_t* const* codes,
                         const float* const* scales, const i64* outs, i64 rank,
                         const float* const* proxies, const float* factors, const bf16* onto,
@@ -77,6 +83,24 @@ void falqon_amx_matmul(i64 layers, const bf16* x, i64 tokens, i64 in, const uint
     }
 }
 
+// Rows of gradients that a thread works on at a time, with those that the last rows share with others.
+static i64 rows_of_gradients(i64 out, i64 tokens) {
+    return least(rows_at_a_time(out), filled(tokens)) + PANEL;
+}
+
+// Values that a thread of falqon_amx_matmul_grad needs for itself.
+static i64 own_of_gradients(i64 out, i64 thin, i64 tokens) {
+    return most(rows_of_gradients(out, tokens) * (out + PANEL + thin),
+                filled(tokens) * TOGETHER * PANEL);
+}
+
+// How many 16-bit values the `work` of falqon_amx_matmul_grad has to have room for.
+i64 falqon_amx_matmul_grad_work(i64 layers, const i64* outs, i64 in, i64 rank, i64 tokens, i64 team) {
+    const i64 wide = filled(rank), thin = layers * wide, out = sum_of(outs, layers);
+    return (out + thin) * in + out * wide + thin * filled(tokens) +
+           team * own_of_gradients(out, thin, tokens);
+}
+
 // dL/dx = Q(g) W + (g B) A over all layers, if wanted, and dL/dB_i = g_i^T O_A_i, where wanted.
 void falqon_amx_matmul_grad(i64 layers, const bf16* const* grads, const i64* strides, i64 tokens,
                          i64 in, const uint8_t* const* codes, const float* const* scales,
@@ -86,7 +110,7 @@ void falqon_amx_matmul_grad(i64 layers, const bf16* const* grads, const i64* str
     const i64 wide = filled(rank), thin = layers * wide, out = sum_of(outs, layers);
     const i64 whole = filled(tokens);
     bf16 *of_weights = work, *of_adapters = of_weights + out * in;
-    const i64 at_a_time = least(rows_at_a_time(out), whole) + PANEL;
+    const i64 at_a_time = rows_of_gradients(out, tokens);
     bf16 *of_proxies = of_adapters + thin * in, *columns = of_proxies + out * wide;
     bf16* of_threads = columns + thin * whole;
 #pragma omp parallel num_threads(int(team))
@@ -126,7 +150,7 @@ void falqon_amx_matmul_grad(i64 layers, const bf16* const* grads, const i64* str
         for (i64 l = 0; l < layers; l++) units[l] = *scales[0] / *scales[l];
         // Rows of `left` are a panel further apart than long: evenly apart, they would meet in the cache.
         const i64 apart = out + PANEL;
-        bf16* left = of_threads + id * (most(at_a_time * (apart + thin), whole * TOGETHER * PANEL));
+        bf16* left = of_threads + id * own_of_gradients(out, thin, tokens);
         bf16* inner = left + at_a_time * apart;
         for (i64 m0 = share.m0, m1; grad_input && m0 < share.m1; m0 = m1) {
             m1 = share.m1 - m0 < at_a_time ? share.m1 : m0 + at_a_time - PANEL;

@@ -21,8 +21,7 @@ from falqon.kernels.native import ops
 from falqon.kernels.native.build import wanted
 
 _INT = ctypes.c_int64
-# Of amx.h, amx.cpp, amx_attention.cpp and amx_dense.cpp.
-_PANEL, _LEFT, _TOGETHER, _CHUNK, _DEEP, _ROWS = 32, 3 << 18, 6, 128, 256, 256
+_PANEL = 32  # of amx.h
 
 
 def present() -> bool:
@@ -84,11 +83,10 @@ def forward(
     (tokens, columns), count = x.shape, len(codes)
     assert all(c.is_contiguous() and c.shape[1] == columns for c in codes)
     outs = [c.shape[0] - rank for c in codes]
-    out, wide = sum(outs), _filled(rank)
     results = [x.new_empty(tokens, n) for n in outs]
     adapters = x.new_empty(tokens, count * rank)
-    size = (out + count * wide) * columns + out * wide * bool(proxies)
-    work = _work(size + tokens * count * wide * (wide != rank))
+    sizes = (_INT(count), (_INT * count)(*outs), _INT(columns), _INT(rank), _INT(tokens))
+    work = _work("matmul", *sizes, _INT(bool(proxies)))
     ops.call(
         "amx_matmul",
         _INT(count),
@@ -138,18 +136,14 @@ def backward(
     adapters = [ops.rows(adapter) for adapter in adapters]
     count, columns, tokens = len(codes), codes[0].shape[1], grads[0].shape[0]
     outs = [c.shape[0] - rank for c in codes]
-    out, wide = sum(outs), _filled(rank)
-    whole = _filled(tokens)
     grad_input = grads[0].new_empty(tokens, columns) if want_input else None
     grad_proxies = [
         grads[0].new_empty(n, rank, dtype=torch.float32) if want else None
         for n, want in zip(outs, want_proxies, strict=True)
     ]
-    rows = min(max(_PANEL, _LEFT // (2 * out) // _PANEL * _PANEL), whole) + _PANEL
-    own = max(rows * (out + _PANEL + count * wide), _TOGETHER * _PANEL * whole)
-    size = (out + count * wide) * columns + out * wide + count * wide * whole
     team = torch.get_num_threads()
-    work = _work(size + team * own)
+    sizes = (_INT(count), (_INT * count)(*outs), _INT(columns), _INT(rank), _INT(tokens))
+    work = _work("matmul_grad", *sizes, _INT(team))
     ops.call(
         "amx_matmul_grad",
         _INT(count),
@@ -212,7 +206,7 @@ def attention(
     )
     out = query.new_empty(batch, length, heads, d)
     team = torch.get_num_threads()
-    work = _work(2 * batch * kv * keys * d + team * keys * (_PANEL + 2))
+    work = _work("attention", *map(_INT, (batch, length, kv, d, team)))
     strided = (part for x in (query, key, value) for part in (ops.at(x), _INT(x.stride(1))))
     sizes = map(_INT, (batch, length, kv, heads // kv, d))
     ops.call(
@@ -258,12 +252,9 @@ def attention_grad(
     """
     grad = ops.tokens_apart(grad)
     batch, length, _, d = grad.shape
-    keys = key.shape[2]
     grads = tuple(grad.new_empty(batch, length, n, d) for n in (heads, kv, kv))
-    own = 3 * keys * d + 2 * _CHUNK * keys + 2 * _PANEL * _CHUNK + 3 * _CHUNK * d
-    own += 2 * (2 * keys * d + keys)
     team = torch.get_num_threads()
-    work = _work(team * own)
+    work = _work("attention_grad", *map(_INT, (length, d, team)))
     sizes = map(_INT, (batch, length, kv, heads // kv, d))
     ops.call(
         "amx_attention_grad",
@@ -302,8 +293,7 @@ def dense_grad(grad: Tensor, weight: Tensor) -> Tensor:
     (tokens, out), columns = grad.shape, weight.shape[1]
     result = grad.new_empty(tokens, columns)
     team = torch.get_num_threads()
-    widest = columns + team * _PANEL  # of all threads together
-    work = _work((_DEEP + 2 * _filled(tokens)) * widest + team * _ROWS * (_DEEP + _PANEL))
+    work = _work("dense_grad", *map(_INT, (tokens, columns, team)))
     sizes = (_INT(tokens), _INT(out), ops.at(weight), _INT(columns))
     ops.call("amx_dense_grad", ops.at(grad), *sizes, ops.at(result), _INT(team), ops.at(work))
     return result
@@ -325,11 +315,18 @@ def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]
 _THREAD = threading.local()
 
 
-def _work(size: int) -> Tensor:
+def _work(name: str, *sizes: object) -> Tensor:
+    """Memory for what a function with these sizes has by the way: panels, and more."""
+    function = getattr(ops.functions(), f"falqon_amx_{name}_work")
+    function.restype = _INT
+    return _kept(function(*sizes))
+
+
+def _kept(size: int) -> Tensor:
     """Memory for `size` 16-bit values, until a thread's next call: the same for all calls.
 
-    It holds panels and what else a product needs by the way, about twice the largest group's
-    weights, which would otherwise be allocated and freed hundreds of times a step.
+    It is about twice the largest group's weights, which would otherwise be allocated and freed
+    hundreds of times a step.
     """
     kept: Tensor | None = getattr(_THREAD, "work", None)
     if kept is None or kept.numel() < size:

@@ -104,7 +104,22 @@ struct Heads {
     }
 };
 
+// Values that a thread of falqon_amx_attention_grad needs for itself, see there.
+static i64 own_of_gradients(i64 keys, i64 d) {
+    return 3 * keys * d + 2 * CHUNK * keys + 2 * PANEL * CHUNK + 3 * CHUNK * d +
+           2 * (2 * keys * d + keys);
+}
+
 extern "C" {
+
+// How many 16-bit values the `work` of the functions below has to have room for.
+i64 falqon_amx_attention_work(i64 batch, i64 length, i64 kv, i64 d, i64 team) {
+    const i64 keys = filled(length);
+    return 2 * batch * kv * keys * d + team * keys * (PANEL + 2);
+}
+i64 falqon_amx_attention_grad_work(i64 length, i64 d, i64 team) {
+    return team * own_of_gradients(filled(length), d);
+}
 
 // q, k, v: [b, s, heads, d], tokens apart; kept_q, kept_k: rotated, kept_v: [b, kv, rows, d], filled
 // up with zeros. out: [b, s, heads, d]. `team`, `work`: as in amx.cpp.
@@ -180,8 +195,7 @@ void falqon_amx_attention_grad(const bf16* grad, i64 grad_stride, const bf16* ke
                                i64 team, bf16* work) {
     const Shape of = {batch, length, kv, group, d, first, last};
     const i64 rows = of.whole_rows(), keys = of.keys(), heads = batch * kv;
-    const i64 own = 3 * keys * d + 2 * CHUNK * keys + 2 * PANEL * CHUNK + 3 * CHUNK * d +
-                    2 * (2 * keys * d + keys);
+    const i64 own = own_of_gradients(keys, d);
 #pragma omp parallel num_threads(int(team))
     {
         // What a thread needs: panels of k and v, probabilities and their gradients, those of 32 keys

@@ -10,7 +10,24 @@
 static const i64 DEEP = 256;  // rows of the matrix that are added up at a time
 static const i64 ROWS = 256;  // rows of the gradient, likewise
 
+// Columns of the widest thread's share.
+static i64 widest_share(i64 in, i64 threads) { return (in / PANEL + threads - 1) / threads * PANEL; }
+
+// Values that a thread needs for itself.
+static i64 own_of_share(i64 widest, i64 tokens) {
+    return DEEP * widest + ROWS * (DEEP + PANEL) + 2 * filled(tokens) * widest;
+}
+
 extern "C" {
+
+// How many 16-bit values the `work` of falqon_amx_dense_grad has to have room for, also if fewer
+// threads come than might.
+i64 falqon_amx_dense_grad_work(i64 tokens, i64 in, i64 team) {
+    i64 size = 0;
+    for (i64 threads = 1; threads <= team; threads++)
+        size = most(size, threads * own_of_share(widest_share(in, threads), tokens));
+    return size;
+}
 
 // g W [tokens, in], for g [tokens, out] and W [out, in]. `team`, `work`: as in amx.cpp.
 void falqon_amx_dense_grad(const bf16* grad, i64 tokens, i64 out, const bf16* weight, i64 in,
@@ -21,8 +38,8 @@ void falqon_amx_dense_grad(const bf16* grad, i64 tokens, i64 out, const bf16* we
         const i64 id = omp_get_thread_num(), threads = omp_get_num_threads(), panels = in / PANEL;
         const i64 p0 = panels * id / threads, count = panels * (id + 1) / threads - p0;
         const i64 wide = count * PANEL;
-        const i64 widest = (panels + threads - 1) / threads * PANEL;
-        bf16* right = work + id * (DEEP * widest + ROWS * apart + 2 * whole * widest);
+        const i64 widest = widest_share(in, threads);
+        bf16* right = work + id * own_of_share(widest, tokens);
         bf16* left = right + DEEP * widest;
         float* sums = reinterpret_cast<float*>(left + ROWS * apart);
         Tiles tiles;
