@@ -256,7 +256,7 @@ class GroupedDecoderLayer(nn.Module):
         mask: Tensor | None,
         options: dict[str, Any],
     ) -> decoder.Decoder | None:
-        """The layer's parts if they can be run as one function on the compiled CPU path."""
+        """The layer's parts if they can be run as one function, as `falqon.decoder` does."""
         attend, mlp = self.self_attn, self.mlp
         if not (isinstance(attend, GroupedAttention) and isinstance(mlp, GroupedMlp)):
             return None
@@ -283,12 +283,11 @@ class GroupedDecoderLayer(nn.Module):
         heads, kv = (groups[0][i].out_features // attend.head_dim for i in (0, 1))
         batch, length, _ = x.shape
         ranges = attend.native_ranges((batch, length, heads, kv), rotation, mask, options)
-        if ranges is None:
+        if ranges is None or not amx.attends(attend.head_dim):
             return None
-        by_amx = amx.attends(attend.head_dim)
-        way = attention.Way(ranges, attend.scaling, heads, kv, by_amx)
         weights = (norms[0].weight, norms[1].weight)
-        return decoder.Decoder(*groups, weights, (first, second), activation, way)
+        normed = (first, second)
+        return decoder.Decoder(groups, weights, normed, heads, kv, ranges, attend.scaling)
 
 
 def _normed(norm: nn.Module, block: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, nn.Module]]:

@@ -145,7 +145,7 @@ class _MeldedFunction(torch.autograd.Function):
             shapes = zip(rows, ctx.shapes, strict=True)
             grad_inputs = [None if grad is None else grad.view(shape) for grad, shape in shapes]
         grad_biases = [
-            bias_gradient(grad) if need else None
+            grad.sum(dim=0, dtype=torch.float32).to(grad.dtype) if need else None
             for need, grad in zip(need_bias, grads, strict=True)
         ]
         nothing = [None] * (2 * number)  # for codes and scales
@@ -167,11 +167,6 @@ def _has_own_steps(first: MeldedLinear, quantize: nn.Module) -> bool:
 
 def _has_own_proxy_grad(layer: MeldedLinear) -> bool:
     return type(layer.proxy_grad) is ProxyGrad and not has_hooks(layer.proxy_grad)
-
-
-def bias_gradient(grad: Tensor) -> Tensor:
-    """Gradient of a bias [out] from that of the output [T, out], summed in float32."""
-    return grad.sum(dim=0, dtype=torch.float32).to(grad.dtype)
 
 
 def _as_rows(x: Tensor) -> Tensor:

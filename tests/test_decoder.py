@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 
 from falqon import blocks, decoder
 from falqon.kernels import ProxyGrad
-from falqon.kernels.native import amx, build
+from falqon.kernels.native import amx
 from falqon.meld import melded_layers
 from falqon.precision import FalqonPrecision
 from lit_modules.layers import recompute
 from tests.test_blocks import make_base
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+pytestmark = pytest.mark.skipif(not amx.present(), reason="the processor has no AMX")
 BF16 = torch.bfloat16
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
 
@@ -70,25 +70,13 @@ def results(model: PreTrainedModel, **options: Any) -> list[Tensor]:
     return [out.detach(), given.grad, *(p.grad.clone() for p in trained if p.grad is not None)]
 
 
-@pytest.fixture(params=[True, False], ids=["amx", "no amx"])
-def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the processor's matrix unit, if it has one, and without."""
-    if not request.param:
-        monkeypatch.setattr(amx, "present", lambda: False)
-    elif not amx.present():
-        pytest.skip("the processor has no AMX")
-
-
 @pytest.mark.parametrize("live", [True, False])
 @pytest.mark.parametrize(
     ("family", "recipe"),
     [("llama", "default"), ("llama", "weights"), ("mistral", "default"), ("qwen2", "default")],
 )
-def test_bits_are_those_of_the_modules(family: str, recipe: str, live: bool, units: None) -> None:
+def test_bits_are_those_of_the_modules(family: str, recipe: str, live: bool) -> None:
     model = made(family, live, recipe).to(BF16)
-    for name, parameter in model.named_parameters():
-        if name.endswith("proj.bias"):
-            parameter.requires_grad_()  # as somebody may want
     with counted() as whole:
         ours = results(model)
     with counted(whole=False) as apart:
@@ -97,7 +85,7 @@ def test_bits_are_those_of_the_modules(family: str, recipe: str, live: bool, uni
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_what_needs_no_gradient_gets_none(units: None) -> None:
+def test_what_needs_no_gradient_gets_none() -> None:
     model = made().to(BF16)
     layer = layer_of(model)
     groups = ("q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj")
@@ -122,7 +110,7 @@ def test_what_needs_no_gradient_gets_none(units: None) -> None:
         assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
 
 
-def test_recomputed_layers_give_the_same(units: None) -> None:
+def test_recomputed_layers_give_the_same() -> None:
     model = made().to(BF16)
     usual = results(model)
     recompute(model)
@@ -164,6 +152,10 @@ CHANGES = {
     "layers that differ": _set("self_attn.v_proj", "live", False),
     "forward that is replaced": lambda layer: setattr(layer.mlp, "forward", layer.mlp.forward),
     "norm that is trained": lambda layer: layer.input_layernorm.weight.requires_grad_(),
+    "bias that is trained": lambda layer: layer.self_attn.q_proj.bias.requires_grad_(),
+    "proxies of another layout": lambda layer: setattr(
+        layer.mlp.down_proj.B, "data", layer.mlp.down_proj.B.data.t().contiguous().t()
+    ),
     "dropout": _set("self_attn", "attention_dropout", 0.1),
     "not causal": _set("self_attn", "is_causal", False),
 }
@@ -205,7 +197,33 @@ def test_recorded_states_and_attentions() -> None:
 
 def test_profiler_sees_the_parts() -> None:
     model = made().to(BF16)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds) as profile, counted() as calls:
         results(model)
+    assert not calls
     names = {event.key for event in profile.key_averages()}
     assert {"falqon::attention", "falqon::rms_norm", "falqon::swiglu_grad"} <= names
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_memory_is_enough_for_any_number_of_threads(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made().to(BF16)
+    expected = results(model)
+    behind, given = 4096, []
+
+    def guarded(size: int) -> Tensor:
+        given.append(torch.full((size + behind,), 1.5, dtype=BF16))
+        return given[-1]
+
+    monkeypatch.setattr(amx, "memory", guarded)
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        found = results(model)
+    finally:
+        torch.set_num_threads(before)
+    assert len(given) == 4
+    assert all((room[-behind:] == 1.5).all() for room in given)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))

@@ -280,7 +280,7 @@ def test_memory_for_panels_is_enough(count: int, monkeypatch: pytest.MonkeyPatch
         given.append(torch.full((size + behind,), 1.5, dtype=BF16))
         return given[-1]
 
-    monkeypatch.setattr(amx, "_kept", guarded)
+    monkeypatch.setattr(amx, "memory", guarded)
     with threads(count):
         for shape in SHAPES:
             Group(*shape).run()
@@ -300,9 +300,9 @@ def test_proxies_of_any_layout() -> None:
 
 
 def test_memory_for_panels_grows() -> None:
-    small = amx._kept(10)
-    assert amx._kept(small.numel()).data_ptr() == small.data_ptr()
-    assert amx._kept(small.numel() + 1).numel() == small.numel() + 1
+    small = amx.memory(10)
+    assert amx.memory(small.numel()).data_ptr() == small.data_ptr()
+    assert amx.memory(small.numel() + 1).numel() == small.numel() + 1
 
 
 def test_profiler_sees_the_products() -> None:

@@ -61,7 +61,6 @@ def forward(
     rank: int,
     proxies: Sequence[Tensor],
     factors: Sequence[float],
-    onto: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """`O_A_i = x A_i^T`, rounded; `O_i = x W_i^T + O_A_i B_i^T`, each product summed by itself.
 
@@ -72,14 +71,11 @@ def forward(
         rank: r.
         proxies: B_i, float32 [out_i, r], contiguous; none if nothing pending acts.
         factors: of the B_i.
-        onto: [T, out], added to what a single layer gives, rounded.
 
     Returns:
         O_i [T, out_i], tensors of their own; O_A_i [T, r], parts of one tensor.
     """
     x, proxies = x.contiguous(), _plain(proxies)
-    onto = None if onto is None else onto.contiguous()
-    assert onto is None or len(codes) == 1
     (tokens, columns), count = x.shape, len(codes)
     assert all(c.is_contiguous() and c.shape[1] == columns for c in codes)
     outs = [c.shape[0] - rank for c in codes]
@@ -99,7 +95,7 @@ def forward(
         _INT(rank),
         _pointers(proxies) if proxies else None,
         (ctypes.c_float * count)(*factors),
-        None if onto is None else ops.at(onto),
+        None,
         _pointers(results),
         ops.at(adapters),
         _INT(torch.get_num_threads()),
@@ -319,10 +315,10 @@ def _work(name: str, *sizes: object) -> Tensor:
     """Memory for what a function with these sizes has by the way: panels, and more."""
     function = getattr(ops.functions(), f"falqon_amx_{name}_work")
     function.restype = _INT
-    return _kept(function(*sizes))
+    return memory(function(*sizes))
 
 
-def _kept(size: int) -> Tensor:
+def memory(size: int) -> Tensor:
     """Memory for `size` 16-bit values, until a thread's next call: the same for all calls.
 
     It is about twice the largest group's weights, which would otherwise be allocated and freed

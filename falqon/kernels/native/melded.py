@@ -40,7 +40,6 @@ def forward(
     rank: int,
     proxies: Sequence[Tensor],
     factors: Sequence[float],
-    onto: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """O_i and O_A_i; see `falqon.kernels.melded_matmul.MeldedMatmul`.
 
@@ -52,15 +51,12 @@ def forward(
         rank: r.
         proxies: B_i, float32 [out_i, r]; none if nothing pending acts.
         factors: LoRA scaling of each.
-        onto: [T, out], added to what a single layer gives, rounded.
 
     Returns:
         O_i [T, out_i], tensors of their own, and O_A_i [T, r]: parts of one tensor.
     """
     if amx.takes(codes, x.shape[0], rank):
-        at_once = onto if biases[0] is None else None
-        results, adapters = amx.forward(x, codes, scales, rank, proxies, factors, at_once)
-        onto = onto if at_once is None else None
+        results, adapters = amx.forward(x, codes, scales, rank, proxies, factors)
     else:
         backbones, of_adapters = _decoded(codes, scales, rank)
         adapter = x @ of_adapters.t()
@@ -75,8 +71,6 @@ def forward(
     for result, bias in zip(results, biases, strict=True):
         if bias is not None:
             result.add_(bias)
-    if onto is not None:
-        results[0].add_(onto)
     return results, adapters
 
 

@@ -187,14 +187,11 @@ def _sums_as_torch() -> bool:
     return True
 
 
-def rms_norm_grad(
-    grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor, onto: Tensor | None = None
-) -> Tensor:
-    """See `falqon.kernels.rms_norm_quantize.rms_norm_grad`; plus `onto` [T, n], if given."""
+def rms_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> Tensor:
+    """See `falqon.kernels.rms_norm_quantize.rms_norm_grad`."""
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
-    onto = None if onto is None else onto.contiguous()
     out = torch.empty_like(x)
-    given = (at(grad), at(x), at(weight), at(inverse_rms), None if onto is None else at(onto))
+    given = (at(grad), at(x), at(weight), at(inverse_rms), None)
     call("rms_norm_grad", *given, _INT(x.shape[0]), _INT(x.shape[1]), at(out))
     return out
 
