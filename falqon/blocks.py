@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 import transformers
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -263,7 +264,8 @@ class GroupedDecoderLayer(nn.Module):
         norms = (self.input_layernorm, self.post_attention_layernorm)
         first, second, activation = attend.norm_quantize, mlp.norm_quantize, mlp.swiglu_quantize
         if (
-            first is None
+            torch.compiler.is_compiling()
+            or first is None
             or second is None
             or activation is None
             or x.dim() != 3

@@ -135,8 +135,6 @@ def test_rms_norm(n: int, sums_as_torch: bool, monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(ours, inverse)
     normed, _, _ = rms_norm_quantize(x, weight, 1e-5, None, "power_of_two")
     assert torch.equal(ops.rms_norm_quantized(x, weight, 1e-5, rounded=False)[0], normed)
-    summed = ops.rms_norm_grad(grad, x, weight, inverse, onto=x)
-    assert torch.equal(summed, ops.rms_norm_grad(grad, x, weight, inverse) + x)
     # The mean is summed in another order: a last bit now and then.
     ours, theirs = (f(grad, x, weight, inverse).float() for f in (ops.rms_norm_grad, rms_norm_grad))
     assert (ours != theirs).float().mean() < 1e-3
