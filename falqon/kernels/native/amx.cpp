@@ -5,6 +5,7 @@
 // (a rank that is none is filled up with zeros), and there are 32 tokens at least.
 
 #include "amx.h"
+#include "functions.h"
 
 #ifdef FALQON_HAS_AMX
 
@@ -18,23 +19,25 @@ i64 falqon_amx_allowed() {
     return syscall(SYS_arch_prctl, ask_for, tile_data) == 0;
 }
 
-// How many 16-bit values the `work` of falqon_amx_matmul has to have room for.
-i64 falqon_amx_matmul_work(i64 layers, const i64* outs, i64 in, i64 rank, i64 tokens, i64 pending) {
+// How many 16-bit values the `work` of products has to have room for.
+i64 falqon_amx_matmul_work(i64 layers, const i64* outs, i64 in, i64 rank, i64 tokens, i64 pending,
+                           i64 team) {
     const i64 wide = filled(rank), thin = layers * wide, out = sum_of(outs, layers);
-    return (out + thin) * in + (pending ? out * wide : 0) + (wide == rank ? 0 : tokens * thin);
+    return (out + thin) * in + (pending ? out * wide : 0) +
+           team * rows_together(in, tokens) * (in + PANEL + thin);
+}
 }
 
 // O_A_i = x A_i^T, side by side, and O_i = x W_i^T + O_A_i B_i^T, rounded. With `onto` [tokens, out] it
 // is added to the only layer's output, and the sum rounded. `team`: how many threads may work
 // on it, whatever OpenMP would take; `work` has room for them.
-void falqon_amx_matmul(i64 layers, const bf16* x, i64 tokens, i64 in, const uint8_t* const* codes,
-                        const float* const* scales, const i64* outs, i64 rank,
-                        const float* const* proxies, const float* factors, const bf16* onto,
-                        bf16* const* results, bf16* adapters, i64 team, bf16* work) {
+void multiply(i64 layers, const Left& x, i64 tokens, i64 in, const uint8_t* const* codes,
+              const float* const* scales, const i64* outs, i64 rank, const float* const* proxies,
+              const float* factors, const bf16* onto, bf16* const* results, bf16* adapters, i64 team,
+              bf16* work) {
     const i64 wide = filled(rank), thin = layers * wide, out = sum_of(outs, layers);
     bf16 *of_weights = work, *of_adapters = of_weights + out * in;
-    bf16 *of_proxies = of_adapters + thin * in, *inner = of_proxies + (proxies ? out * wide : 0);
-    if (rank == wide) inner = adapters;
+    bf16 *of_proxies = of_adapters + thin * in, *of_threads = of_proxies + (proxies ? out * wide : 0);
 #pragma omp parallel num_threads(int(team))
     {
         const i64 id = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -55,42 +58,58 @@ void falqon_amx_matmul(i64 layers, const bf16* x, i64 tokens, i64 in, const uint
         }
 #pragma omp barrier
         Tiles tiles;
-        const Share share(tokens, id, threads);
         Writer writer;
-        const Product first = {x, in, of_adapters, in};
-        for_blocks(first, share.m0, share.m1, share.from(thin / PANEL), share.to(thin / PANEL),
-                   [&](i64 m, i64 p) {
-            writer.block(first, m, p, inner + m * thin + p * PANEL, thin);
-        });
-        writer.finish();
-#pragma omp barrier
-        for (i64 m = share.m0; rank != wide && share.part == 0 && m < share.m1; m++)
-            for (i64 l = 0; l < layers; l++)
-                std::memcpy(adapters + (m * layers + l) * rank, inner + m * thin + l * wide,
-                            size_t(rank) * 2);
-        weight = of_weights, proxy = of_proxies;
-        for (i64 l = 0; l < layers; l++) {
-            const Product backbone = {x, in, weight, in}, pending = {inner + l * wide, thin, proxy, wide};
-            const i64 panels = outs[l] / PANEL;
-            for_blocks(backbone, share.m0, share.m1, share.from(panels), share.to(panels),
-                       [&](i64 m, i64 p) {
-                const i64 at = m * outs[l] + p * PANEL;
-                writer.block(backbone, m, p, results[l] + at, outs[l],
-                             proxies ? &pending : nullptr, onto ? onto + at : nullptr);
+        const Share share(tokens, id, threads);
+        // Rows are a panel further apart than long: evenly apart, they would meet in the cache.
+        const i64 at_a_time = rows_together(in, tokens), apart = in + PANEL;
+        bf16 *made = of_threads + id * at_a_time * (apart + thin), *inner = made + at_a_time * apart;
+        for (i64 m0 = share.m0, m1; m0 < share.m1; m0 = m1) {
+            m1 = share.m1 - m0 < at_a_time ? share.m1 : m0 + at_a_time - PANEL;
+            for (i64 t = m0; x.make && t < m1; t++)
+                x.make(x.source, t, share.part == 0, made + (t - m0) * apart);
+            const bf16* left = x.make ? made : x.rows + m0 * in;
+            const i64 stride = x.make ? apart : in;
+            const Product first = {left, stride, of_adapters, in};
+            for_blocks(first, 0, m1 - m0, 0, thin / PANEL, [&](i64 m, i64 p) {
+                writer.block(first, m, p, inner + m * thin + p * PANEL, thin);
             });
-            weight += outs[l] * in, proxy += outs[l] * wide;
+            writer.finish();
+            for (i64 m = m0; share.part == 0 && m < m1; m++)
+                for (i64 l = 0; l < layers; l++)
+                    std::memcpy(adapters + (m * layers + l) * rank, inner + (m - m0) * thin + l * wide,
+                                size_t(rank) * 2);
+            weight = of_weights, proxy = of_proxies;
+            for (i64 l = 0; l < layers; l++) {
+                const Product backbone = {left, stride, weight, in};
+                const Product pending = {inner + l * wide, thin, proxy, wide};
+                const i64 panels = outs[l] / PANEL;
+                for_blocks(backbone, 0, m1 - m0, share.from(panels), share.to(panels),
+                           [&](i64 m, i64 p) {
+                    const i64 at = (m0 + m) * outs[l] + p * PANEL;
+                    writer.block(backbone, m, p, results[l] + at, outs[l],
+                                 proxies ? &pending : nullptr, onto ? onto + at : nullptr);
+                });
+                weight += outs[l] * in, proxy += outs[l] * wide;
+            }
+            writer.finish();  // before what it reads of `inner` is another's
         }
     }
 }
 
-// Rows of gradients that a thread works on at a time, with those that the last rows share with others.
-static i64 rows_of_gradients(i64 out, i64 tokens) {
-    return least(rows_at_a_time(out), filled(tokens)) + PANEL;
+extern "C" {
+
+// The same with rows that there are.
+void falqon_amx_matmul(i64 layers, const bf16* x, i64 tokens, i64 in, const uint8_t* const* codes,
+                       const float* const* scales, const i64* outs, i64 rank,
+                       const float* const* proxies, const float* factors, bf16* const* results,
+                       bf16* adapters, i64 team, bf16* work) {
+    multiply(layers, Left{x, nullptr, nullptr}, tokens, in, codes, scales, outs, rank, proxies,
+             factors, nullptr, results, adapters, team, work);
 }
 
 // Values that a thread of falqon_amx_matmul_grad needs for itself.
 static i64 own_of_gradients(i64 out, i64 thin, i64 tokens) {
-    return most(rows_of_gradients(out, tokens) * (out + PANEL + thin),
+    return most(rows_together(out, tokens) * (out + PANEL + thin),
                 filled(tokens) * TOGETHER * PANEL);
 }
 
@@ -101,16 +120,29 @@ i64 falqon_amx_matmul_grad_work(i64 layers, const i64* outs, i64 in, i64 rank, i
            team * own_of_gradients(out, thin, tokens);
 }
 
-// dL/dx = Q(g) W + (g B) A over all layers, if wanted, and dL/dB_i = g_i^T O_A_i, where wanted.
+// The same with gradients that there are.
 void falqon_amx_matmul_grad(i64 layers, const bf16* const* grads, const i64* strides, i64 tokens,
-                         i64 in, const uint8_t* const* codes, const float* const* scales,
-                         const i64* outs, i64 rank, const float* const* proxies, const float* factors,
-                         i64 rounded, const bf16* const* adapters, const i64* adapter_strides,
-                         bf16* grad_input, float* const* grad_proxies, i64 team, bf16* work) {
+                            i64 in, const uint8_t* const* codes, const float* const* scales,
+                            const i64* outs, i64 rank, const float* const* proxies,
+                            const float* factors, i64 rounded, const bf16* const* adapters,
+                            const i64* adapter_strides, bf16* grad_input,
+                            float* const* grad_proxies, i64 team, bf16* work) {
+    multiply_back(layers, grads, strides, Gradients{nullptr, nullptr}, tokens, in, codes, scales,
+                  outs, rank, proxies, factors, rounded, adapters, adapter_strides, grad_input,
+                  grad_proxies, team, work);
+}
+}
+
+// dL/dx = Q(g) W + (g B) A over all layers, if wanted, and dL/dB_i = g_i^T O_A_i, where wanted.
+void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, const Gradients& made,
+                   i64 tokens, i64 in, const uint8_t* const* codes, const float* const* scales,
+                   const i64* outs, i64 rank, const float* const* proxies, const float* factors,
+                   i64 rounded, const bf16* const* adapters, const i64* adapter_strides,
+                   bf16* grad_input, float* const* grad_proxies, i64 team, bf16* work) {
     const i64 wide = filled(rank), thin = layers * wide, out = sum_of(outs, layers);
     const i64 whole = filled(tokens);
     bf16 *of_weights = work, *of_adapters = of_weights + out * in;
-    const i64 at_a_time = rows_of_gradients(out, tokens);
+    const i64 at_a_time = rows_together(out, tokens);
     bf16 *of_proxies = of_adapters + thin * in, *columns = of_proxies + out * wide;
     bf16* of_threads = columns + thin * whole;
 #pragma omp parallel num_threads(int(team))
@@ -118,6 +150,12 @@ void falqon_amx_matmul_grad(i64 layers, const bf16* const* grads, const i64* str
         const i64 id = omp_get_thread_num(), threads = omp_get_num_threads();
         const Share share(tokens, id, threads);
         i64 turn = 0;
+        // A row is made when it is needed first, unless several threads need it.
+        const bool at_once = made.make && (!grad_input || share.parts > 1);
+        if (at_once) {
+#pragma omp for schedule(static)
+            for (i64 t = 0; t < tokens; t++) made.make(made.source, t);
+        }
         if (grad_input) {
             i64 row = 0;
             for (i64 l = 0; l < layers; row += outs[l], l++) {
@@ -156,6 +194,7 @@ void falqon_amx_matmul_grad(i64 layers, const bf16* const* grads, const i64* str
             m1 = share.m1 - m0 < at_a_time ? share.m1 : m0 + at_a_time - PANEL;
             for (i64 t = m0; t < m1; t++) {
                 bf16* to = left + (t - m0) * apart;
+                if (made.make && !at_once) made.make(made.source, t);
                 if (rounded) quantize_parts(layers, grads, outs, strides, units, t, E5M2, to);
                 else for (i64 l = 0; l < layers; to += outs[l], l++)
                     std::memcpy(to, grads[l] + t * strides[l], size_t(outs[l]) * 2);
@@ -176,6 +215,9 @@ void falqon_amx_matmul_grad(i64 layers, const bf16* const* grads, const i64* str
             });
         }
         writer.finish();
+        if (made.make) {
+#pragma omp barrier
+        }
         bf16* panels = left;
         alignas(64) float sums[PANEL * PANEL];
         const i64 together = most(1, least(TOGETHER, RIGHT / (whole * PANEL * 2)));
@@ -208,7 +250,6 @@ void falqon_amx_matmul_grad(i64 layers, const bf16* const* grads, const i64* str
             }
         }
     }
-}
 }
 
 #else

@@ -99,6 +99,11 @@ static inline void add_to(const Product& of, i64 row, i64 panel, float* sums, i6
 // How many rows of a left factor are multiplied at a time.
 static inline i64 rows_at_a_time(i64 k) { return most(PANEL, LEFT / (k * 2) / PANEL * PANEL); }
 
+// Rows of a factor that a thread has at a time, with room for those that it shares with the rows before.
+static inline i64 rows_together(i64 k, i64 tokens) {
+    return least(rows_at_a_time(k), filled(tokens)) + PANEL;
+}
+
 // Call `end(row, panel)` for all blocks of rows [m0, m1) and panels [p0, p1), in an order in which
 // what they need of a product stays in the cache. The last block of rows is the last 32 rows.
 template <class End>

@@ -81,8 +81,9 @@ def forward(
     outs = [c.shape[0] - rank for c in codes]
     results = [x.new_empty(tokens, n) for n in outs]
     adapters = x.new_empty(tokens, count * rank)
+    team = torch.get_num_threads()
     sizes = (_INT(count), (_INT * count)(*outs), _INT(columns), _INT(rank), _INT(tokens))
-    work = _work("matmul", *sizes, _INT(bool(proxies)))
+    work = _work("matmul", *sizes, _INT(bool(proxies)), _INT(team))
     ops.call(
         "amx_matmul",
         _INT(count),
@@ -95,10 +96,9 @@ def forward(
         _INT(rank),
         _pointers(proxies) if proxies else None,
         (ctypes.c_float * count)(*factors),
-        None,
         _pointers(results),
         ops.at(adapters),
-        _INT(torch.get_num_threads()),
+        _INT(team),
         ops.at(work),
     )
     return results, [adapters] if count == 1 else list(adapters.split(rank, dim=1))

@@ -3,6 +3,7 @@
 
 #include "amx.h"
 #include "functions.h"
+#include "rows.h"
 
 #ifdef FALQON_HAS_AMX
 
@@ -75,12 +76,11 @@ struct Kept {
 
 // What there is by the way, before what the functions need themselves.
 struct Passing {
-    bf16 *values, *q, *k, *v, *attended, *rest;
+    bf16 *q, *k, *v, *attended, *rest;
     i64 size;
     Passing(const FalqonDecoder& of, bf16* memory) {
         const Sizes n(of);
         Cut cut = {memory};
-        values = cut.part(n.tokens * most(most(n.hidden, n.heads), n.inner));
         q = cut.part(n.tokens * n.heads);
         k = cut.part(n.tokens * n.keys);
         v = cut.part(n.tokens * n.keys);
@@ -90,12 +90,13 @@ struct Passing {
 };
 
 struct PassingBack {
-    bf16 *values, *gate, *up, *middle, *attended, *q, *k, *v, *rest;
+    bf16 *values, *normed, *gate, *up, *middle, *attended, *q, *k, *v, *rest;
     i64 size;
     PassingBack(const FalqonDecoder& of, bf16* memory) {
         const Sizes n(of);
         Cut cut = {memory};
-        values = cut.part(n.tokens * most(n.hidden, n.inner));
+        values = cut.part(n.tokens * n.inner);
+        normed = cut.part(n.tokens * n.hidden);
         gate = cut.part(n.tokens * n.inner);
         up = cut.part(n.tokens * n.inner);
         middle = cut.part(n.tokens * n.hidden);
@@ -118,27 +119,73 @@ void add_bias(const bf16* bias, const bf16* onto, i64 tokens, i64 n, bf16* to) {
         }
 }
 
-void multiply(const FalqonDecoder& of, const FalqonGroup& by, const bf16* x, const bf16* onto,
+void multiply(const FalqonDecoder& of, const FalqonGroup& by, const Left& x, const bf16* onto,
               bf16* const* results, bf16* adapters, bf16* work) {
     const i64 tokens = of.batch * of.length;
-    falqon_amx_matmul(by.layers, x, tokens, by.in, by.codes, by.scales, by.outs, by.rank,
-                      by.proxies[0] ? by.proxies : nullptr, by.factors,
-                      by.biases[0] ? nullptr : onto, results, adapters, of.team, work);
+    ::multiply(by.layers, x, tokens, by.in, by.codes, by.scales, by.outs, by.rank,
+               by.proxies[0] ? by.proxies : nullptr, by.factors, by.biases[0] ? nullptr : onto,
+               results, adapters, of.team, work);
     for (i64 l = 0; l < by.layers; l++)
         if (by.biases[l]) add_bias(by.biases[l], onto, tokens, by.outs[l], results[l]);
 }
 
 void multiply_back(const FalqonDecoder& of, const FalqonGroup& by, const bf16* const* grads,
-                   const bf16* adapters, bf16* grad_input, float* const* grad_proxies, bf16* work) {
+                   const Gradients& made, const bf16* adapters, bf16* grad_input,
+                   float* const* grad_proxies, bf16* work) {
     const bf16* parts[3];
     i64 strides[3];
     for (i64 l = 0; l < by.layers; l++)
         parts[l] = adapters + l * by.rank, strides[l] = by.layers * by.rank;
-    falqon_amx_matmul_grad(by.layers, grads, by.outs, of.batch * of.length, by.in, by.codes,
-                           by.scales, by.outs, by.rank, by.proxies[0] ? by.proxies : nullptr,
-                           by.factors, by.quantised, parts, strides, grad_input, grad_proxies,
-                           of.team, work);
+    ::multiply_back(by.layers, grads, by.outs, made, of.batch * of.length, by.in, by.codes,
+                    by.scales, by.outs, by.rank, by.proxies[0] ? by.proxies : nullptr, by.factors,
+                    by.quantised, parts, strides, grad_input, grad_proxies, of.team, work);
 }
+
+// What makes the groups' inputs, a row at a time.
+struct Normed {
+    const bf16 *x, *weight;
+    float eps;
+    float* inverse_rms;
+    i64 n, quantised;
+    static void make(const void* source, i64 t, bool first, bf16* to) {
+        const Normed& of = *static_cast<const Normed*>(source);
+        const float inverse = inverse_rms_of(of.x + t * of.n, of.n, of.eps);
+        if (first) of.inverse_rms[t] = inverse;
+        norm_row(of.x + t * of.n, of.weight, inverse, of.n, of.quantised, to);
+    }
+};
+
+struct Quantised {
+    const bf16* x;
+    i64 n;
+    static void make(const void* source, i64 t, bool, bf16* to) {
+        const Quantised& of = *static_cast<const Quantised*>(source);
+        const bf16* row = of.x + t * of.n;
+        round_row(row, of.n, scale_of(largest_of(row, of.n), E4M3.max), 1.0f, E4M3, to);
+    }
+};
+
+struct Gated {
+    const bf16 *gate, *up;
+    i64 n, quantised;
+    static void make(const void* source, i64 t, bool, bf16* to) {
+        const Gated& of = *static_cast<const Gated*>(source);
+        swiglu_row(of.gate + t * of.n, of.up + t * of.n, of.n, of.quantised, to);
+    }
+};
+
+// What makes the gradients of gate and up.
+struct GatedBack {
+    const bf16 *grad, *gate, *up;
+    bf16 *of_gate, *of_up;
+    i64 n;
+    static void make(const void* source, i64 t) {
+        const GatedBack& of = *static_cast<const GatedBack*>(source);
+        const i64 at = t * of.n;
+        swiglu_grad_row(of.grad + at, of.gate + at, of.up + at, of.n, of.of_gate + at,
+                        of.of_up + at);
+    }
+};
 
 }  // namespace
 
@@ -150,7 +197,8 @@ void falqon_amx_decoder_sizes(const FalqonDecoder* of, i64* memory, i64* work, i
     i64 most_of = falqon_amx_attention_work(of->batch, of->length, of->kv, of->d, of->team);
     i64 most_back = falqon_amx_attention_grad_work(of->length, of->d, of->team);
     for (const FalqonGroup& by : of->groups) {
-        most_of = most(most_of, falqon_amx_matmul_work(by.layers, by.outs, by.in, by.rank, n.tokens, 1));
+        most_of = most(most_of, falqon_amx_matmul_work(by.layers, by.outs, by.in, by.rank, n.tokens, 1,
+                                                       of->team));
         most_back = most(most_back, falqon_amx_matmul_grad_work(by.layers, by.outs, by.in, by.rank,
                                                                 n.tokens, of->team));
     }
@@ -167,28 +215,25 @@ void falqon_amx_decoder(const FalqonDecoder* decoder, const bf16* x, bf16* out, 
     const Sizes n(of);
     const Kept kept(of, memory);
     const Passing by_the_way(of, work);
-    bf16 *values = by_the_way.values, *rest = by_the_way.rest;
-    falqon_rms_norm(x, of.norms[0], of.eps[0], 0, kept.inverse[0], n.tokens, n.hidden,
-                    of.groups[0].quantised, values);
+    bf16 *rest = by_the_way.rest, *attended = by_the_way.attended;
+    const FalqonGroup* groups = of.groups;
+    const Normed first = {x, of.norms[0], of.eps[0], kept.inverse[0], n.hidden, groups[0].quantised};
     bf16* const heads[] = {by_the_way.q, by_the_way.k, by_the_way.v};
-    multiply(of, of.groups[0], values, nullptr, heads, kept.adapters[0], rest);
-    bf16* attended = by_the_way.attended;
+    multiply(of, groups[0], {nullptr, Normed::make, &first}, nullptr, heads, kept.adapters[0], rest);
     falqon_amx_attention(heads[0], n.heads, heads[1], n.keys, heads[2], n.keys, of.cos, of.sin,
                          of.table_stride, of.first, of.last, of.batch, of.length, of.kv, of.group,
                          of.d, of.scaling, kept.q, kept.k, kept.v, attended, of.team, rest);
-    if (of.groups[1].quantised) {
-        const float one = 1.0f;
-        const bf16* const whole = attended;
-        falqon_quantize(1, &whole, &n.heads, &n.heads, &one, n.tokens, 0, values);
-        attended = values;
-    }
-    multiply(of, of.groups[1], attended, x, &kept.middle, kept.adapters[1], rest);
-    falqon_rms_norm(kept.middle, of.norms[1], of.eps[1], 0, kept.inverse[1], n.tokens, n.hidden,
-                    of.groups[2].quantised, values);
+    const Quantised rounded = {attended, n.heads};
+    const Left plain = {attended, nullptr, nullptr}, fp8 = {nullptr, Quantised::make, &rounded};
+    multiply(of, groups[1], groups[1].quantised ? fp8 : plain, x, &kept.middle, kept.adapters[1],
+             rest);
+    const Normed second = {kept.middle,     of.norms[1], of.eps[1],
+                           kept.inverse[1], n.hidden,    groups[2].quantised};
     bf16* const gated[] = {gate, up};
-    multiply(of, of.groups[2], values, nullptr, gated, kept.adapters[2], rest);
-    falqon_swiglu(gate, up, n.tokens, n.inner, of.groups[3].quantised, values);
-    multiply(of, of.groups[3], values, kept.middle, &out, kept.adapters[3], rest);
+    multiply(of, groups[2], {nullptr, Normed::make, &second}, nullptr, gated, kept.adapters[2], rest);
+    const Gated activated = {gate, up, n.inner, groups[3].quantised};
+    multiply(of, groups[3], {nullptr, Gated::make, &activated}, kept.middle, &out, kept.adapters[3],
+             rest);
 }
 
 // Gradients of the input, if it is not null, and of the B that have a place for one, in the order of
@@ -207,19 +252,19 @@ void falqon_amx_decoder_grad(const FalqonDecoder* decoder, const bf16* grad, con
         for (i64 l = 0; l < of.groups[i].layers; l++) below[i + 1] |= grad_proxies[3 * i + l] != nullptr;
     }
     if (!below[4]) return;
-    multiply_back(of, of.groups[3], &grad, kept.adapters[3], below[3] ? values : nullptr,
+    const Gradients there = {nullptr, nullptr};
+    multiply_back(of, of.groups[3], &grad, there, kept.adapters[3], below[3] ? values : nullptr,
                   grad_proxies + 9, rest);
     if (!below[3]) return;
     const bf16* const gated[] = {by_the_way.gate, by_the_way.up};
-    falqon_swiglu_grad(values, gate, up, n.tokens * n.inner, by_the_way.gate,
-                       by_the_way.up);
-    multiply_back(of, of.groups[2], gated, kept.adapters[2], below[2] ? values : nullptr,
-                  grad_proxies + 6, rest);
+    const GatedBack activated = {values, gate, up, by_the_way.gate, by_the_way.up, n.inner};
+    multiply_back(of, of.groups[2], gated, {GatedBack::make, &activated}, kept.adapters[2],
+                  below[2] ? by_the_way.normed : nullptr, grad_proxies + 6, rest);
     if (!below[2]) return;
     const bf16* const middle = by_the_way.middle;
-    falqon_rms_norm_grad(values, kept.middle, of.norms[1], kept.inverse[1], grad, n.tokens,
+    falqon_rms_norm_grad(by_the_way.normed, kept.middle, of.norms[1], kept.inverse[1], grad, n.tokens,
                          n.hidden, by_the_way.middle);
-    multiply_back(of, of.groups[1], &middle, kept.adapters[1],
+    multiply_back(of, of.groups[1], &middle, there, kept.adapters[1],
                   below[1] ? by_the_way.attended : nullptr, grad_proxies + 3, rest);
     if (!below[1]) return;
     const bf16* const heads[] = {by_the_way.q, by_the_way.k, by_the_way.v};
@@ -227,10 +272,10 @@ void falqon_amx_decoder_grad(const FalqonDecoder* decoder, const bf16* grad, con
                               of.table_stride, of.first, of.last, of.batch, of.length, of.kv,
                               of.group, of.d, of.scaling, by_the_way.q, by_the_way.k,
                               by_the_way.v, of.team, rest);
-    multiply_back(of, of.groups[0], heads, kept.adapters[0], below[0] ? values : nullptr,
-                  grad_proxies, rest);
+    multiply_back(of, of.groups[0], heads, there, kept.adapters[0],
+                  below[0] ? by_the_way.normed : nullptr, grad_proxies, rest);
     if (!below[0]) return;
-    falqon_rms_norm_grad(values, x, of.norms[0], kept.inverse[0], middle, n.tokens, n.hidden,
+    falqon_rms_norm_grad(by_the_way.normed, x, of.norms[0], kept.inverse[0], middle, n.tokens, n.hidden,
                          grad_input);
 }
 }

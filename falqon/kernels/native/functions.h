@@ -8,29 +8,13 @@
 extern "C" {
 
 // kernels.cpp
-void falqon_quantize(i64 parts, const bf16* const* x, const i64* widths, const i64* strides,
-                     const float* factors, i64 rows, i64 is_e5m2, bf16* out);
-void falqon_rms_norm(const bf16* x, const bf16* weight, float eps, i64 given, float* inverse_rms,
-                     i64 rows, i64 n, i64 quantised, bf16* out);
 void falqon_rms_norm_grad(const bf16* grad, const bf16* x, const bf16* weight,
                           const float* inverse_rms, const bf16* onto, i64 rows, i64 n, bf16* out);
-void falqon_swiglu(const bf16* gate, const bf16* up, i64 rows, i64 n, i64 quantised, bf16* out);
-void falqon_swiglu_grad(const bf16* grad, const bf16* gate, const bf16* up, i64 count, bf16* d_gate,
-                        bf16* d_up);
 
 // amx.cpp
-i64 falqon_amx_matmul_work(i64 layers, const i64* outs, i64 in, i64 rank, i64 tokens, i64 pending);
-void falqon_amx_matmul(i64 layers, const bf16* x, i64 tokens, i64 in, const uint8_t* const* codes,
-                       const float* const* scales, const i64* outs, i64 rank,
-                       const float* const* proxies, const float* factors, const bf16* onto,
-                       bf16* const* results, bf16* adapters, i64 team, bf16* work);
+i64 falqon_amx_matmul_work(i64 layers, const i64* outs, i64 in, i64 rank, i64 tokens, i64 pending,
+                           i64 team);
 i64 falqon_amx_matmul_grad_work(i64 layers, const i64* outs, i64 in, i64 rank, i64 tokens, i64 team);
-void falqon_amx_matmul_grad(i64 layers, const bf16* const* grads, const i64* strides, i64 tokens,
-                            i64 in, const uint8_t* const* codes, const float* const* scales,
-                            const i64* outs, i64 rank, const float* const* proxies,
-                            const float* factors, i64 rounded, const bf16* const* adapters,
-                            const i64* adapter_strides, bf16* grad_input,
-                            float* const* grad_proxies, i64 team, bf16* work);
 
 // amx_attention.cpp
 i64 falqon_amx_attention_work(i64 batch, i64 length, i64 kv, i64 d, i64 team);
@@ -47,5 +31,29 @@ void falqon_amx_attention_grad(const bf16* grad, i64 grad_stride, const bf16* ke
                                float factor, bf16* grad_q, bf16* grad_k, bf16* grad_v,
                                i64 team, bf16* work);
 }
+
+// Rows of a left factor: those that there are, one behind the other, or `make(source, t, first, to)`
+// makes row t. `first`: of several threads that need the row, it is called so by one.
+struct Left {
+    const bf16* rows;
+    void (*make)(const void* source, i64 t, bool first, bf16* to);
+    const void* source;
+};
+
+// Gradients whose row t, of every layer, there is after `make(source, t)`; all there are without it.
+struct Gradients {
+    void (*make)(const void* source, i64 t);
+    const void* source;
+};
+
+void multiply(i64 layers, const Left& x, i64 tokens, i64 in, const uint8_t* const* codes,
+              const float* const* scales, const i64* outs, i64 rank, const float* const* proxies,
+              const float* factors, const bf16* onto, bf16* const* results, bf16* adapters, i64 team,
+              bf16* work);
+void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, const Gradients& made,
+                   i64 tokens, i64 in, const uint8_t* const* codes, const float* const* scales,
+                   const i64* outs, i64 rank, const float* const* proxies, const float* factors,
+                   i64 rounded, const bf16* const* adapters, const i64* adapter_strides,
+                   bf16* grad_input, float* const* grad_proxies, i64 team, bf16* work);
 
 #endif

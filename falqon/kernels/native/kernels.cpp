@@ -4,47 +4,7 @@
 // there is none. Every row is one thread's work, so results do not depend on the number of threads.
 // No function allocates.
 
-#include <cmath>
-
-#include "values.h"
-
-// x sigmoid(x), rounded to bfloat16, for every bfloat16 x.
-struct Silu {
-    float of[65536];
-    Silu() {
-        for (uint32_t i = 0; i < 65536; i++) {
-            float x = widen(bf16(i));
-            of[i] = widen(narrow(x / (1.0f + exponential(-x))));
-        }
-    }
-};
-
-// The squares of a row, summed in the order in which torch sums rows on processors of this kind: 4 x 8
-// running sums, which every 16 steps go to the next of four levels.
-static float sum_of_squares(const bf16* x, i64 n) {
-    const i64 lanes = 8, at_once = 4 * lanes, levels = 4, steps = n / at_once;
-    float sums[levels][at_once] = {};
-    for (i64 step = 0; step < steps;) {
-        const bf16* from = x + step * at_once;
-#pragma omp simd
-        for (i64 i = 0; i < at_once; i++) sums[0][i] += widen(from[i]) * widen(from[i]);
-        step++;
-        for (i64 level = 1, at = step; level < levels && at % 16 == 0; level++, at /= 16)
-            for (i64 i = 0; i < at_once; i++)
-                sums[level][i] += sums[level - 1][i], sums[level - 1][i] = 0.0f;
-    }
-    for (i64 level = 1; level < levels; level++)
-        for (i64 i = 0; i < at_once; i++) sums[0][i] += sums[level][i];
-    i64 at = steps * at_once;
-    for (; at + lanes <= n; at += lanes)
-        for (i64 i = 0; i < lanes; i++) sums[0][i] += widen(x[at + i]) * widen(x[at + i]);
-    for (i64 part = 1; part < 4; part++)
-        for (i64 i = 0; i < lanes; i++) sums[0][i] += sums[0][part * lanes + i];
-    float sum = 0.0f;
-    for (; at < n; at++) sum += widen(x[at]) * widen(x[at]);
-    for (i64 i = 0; i < lanes; i++) sum += sums[0][i];
-    return sum;
-}
+#include "rows.h"
 
 extern "C" {
 
@@ -84,20 +44,13 @@ void falqon_quantize(i64 parts, const bf16* const* x, const i64* widths, const i
     }
 }
 
-// 1 / rms(x) of rows, if it is not given; x / rms(x), rounded, times w, rounded, and quantised if it
-// is to be.
+// Rows of norm_row; 1 / rms(x) of each is made, or used if it is given.
 void falqon_rms_norm(const bf16* x, const bf16* weight, float eps, i64 given, float* inverse_rms,
                      i64 rows, i64 n, i64 quantised, bf16* out) {
 #pragma omp parallel for schedule(static)
     for (i64 t = 0; t < rows; t++) {
-        const bf16* from = x + t * n;
-        bf16* to = out + t * n;
-        if (!given) inverse_rms[t] = 1.0f / std::sqrt(sum_of_squares(from, n) / float(n) + eps);
-        float inverse = inverse_rms[t];
-#pragma omp simd
-        for (i64 i = 0; i < n; i++)
-            to[i] = narrow(widen(weight[i]) * widen(narrow(widen(from[i]) * inverse)));
-        if (quantised) quantize_row(to, n, E4M3);
+        if (!given) inverse_rms[t] = inverse_rms_of(x + t * n, n, eps);
+        norm_row(x + t * n, weight, inverse_rms[t], n, quantised, out + t * n);
     }
 }
 
@@ -121,27 +74,17 @@ void falqon_rms_norm_grad(const bf16* grad, const bf16* x, const bf16* weight,
     }
 }
 
-// silu(gate), rounded, times up, rounded, and quantised if it is to be.
 void falqon_swiglu(const bf16* gate, const bf16* up, i64 rows, i64 n, i64 quantised, bf16* out) {
-    static const Silu silu;  // looked up, it takes two thirds of the time
 #pragma omp parallel for schedule(static)
-    for (i64 t = 0; t < rows; t++) {
-        const bf16 *g = gate + t * n, *u = up + t * n;
-        bf16* to = out + t * n;
-#pragma omp simd
-        for (i64 i = 0; i < n; i++) to[i] = narrow(silu.of[g[i]] * widen(u[i]));
-        if (quantised) quantize_row(to, n, E4M3);
-    }
+    for (i64 t = 0; t < rows; t++) swiglu_row(gate + t * n, up + t * n, n, quantised, out + t * n);
 }
 
-// Gradients of silu(gate) * up.
-void falqon_swiglu_grad(const bf16* grad, const bf16* gate, const bf16* up, i64 count, bf16* d_gate,
-                        bf16* d_up) {
-#pragma omp parallel for simd schedule(static)
-    for (i64 i = 0; i < count; i++) {
-        float g = widen(grad[i]), x = widen(gate[i]), s = 1.0f / (1.0f + exponential(-x));
-        d_gate[i] = narrow(widen(narrow(g * widen(up[i]))) * s * (1.0f + x * (1.0f - s)));
-        d_up[i] = narrow(g * widen(narrow(x * s)));
+void falqon_swiglu_grad(const bf16* grad, const bf16* gate, const bf16* up, i64 rows, i64 n,
+                        bf16* d_gate, bf16* d_up) {
+#pragma omp parallel for schedule(static)
+    for (i64 t = 0; t < rows; t++) {
+        const i64 at = t * n;
+        swiglu_grad_row(grad + at, gate + at, up + at, n, d_gate + at, d_up + at);
     }
 }
 

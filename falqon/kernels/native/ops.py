@@ -213,7 +213,8 @@ def swiglu_grad(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(gate)
     given = (at(grad), at(gate), at(up))
-    call("swiglu_grad", *given, _INT(gate.numel()), at(d_gate), at(d_up))
+    sizes = (_INT(gate.shape[0]), _INT(gate.shape[1]))
+    call("swiglu_grad", *given, *sizes, at(d_gate), at(d_up))
     return d_gate, d_up
 
 
