@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from falqon.kernels.native import amx, attention, build
+from falqon.kernels.native import amx, attention, build, ops
 from falqon.precision import FalqonPrecision
 from lit_modules.loss import supervised_loss
 
@@ -82,6 +82,18 @@ def test_attention(heads: int, kv: int, d: int, kind: str, units: None) -> None:
         # Scores are rounded to 16 bits: a little more than torch's kernel, 0.003 to 0.007.
         assert error < 1.6 * others
         assert error < 0.01
+
+
+@pytest.mark.parametrize("d", [6, 32, 80, 128])
+def test_rotation(d: int) -> None:
+    cos, sin = tables(40, d)
+    x = torch.randn(2, 40, 6, d).to(BF16).requires_grad_()
+    expected, _ = apply_rotary_pos_emb(x.transpose(1, 2), x.transpose(1, 2), cos, sin)
+    ours = ops.rotated(x.detach(), cos, sin, 2)  # [2, 2, 40, 3, d]
+    assert torch.equal(ours.transpose(2, 3).flatten(1, 2), expected)
+    grad = torch.randn(ours.shape).to(BF16)
+    (of_x,) = torch.autograd.grad(expected, x, grad.transpose(2, 3).flatten(1, 2))
+    assert torch.equal(ops.rotated_grad(grad, cos, sin), of_x)
 
 
 @pytest.mark.parametrize("d", [8, 32])

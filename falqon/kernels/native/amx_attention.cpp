@@ -146,11 +146,11 @@ void falqon_amx_attention(const bf16* q, i64 q_stride, const bf16* k, i64 k_stri
             bf16* to_v = kept_v + head * keys * d;
             for (i64 r = 0; r < of.rows(); r++) {
                 const i64 at = b * table_stride + r / group * d;
-                rotate_head(queries.row(of, b, h, r), cos + at, sin + at, d, to_q + r * d);
+                rotate<false>(queries.row(of, b, h, r), cos + at, sin + at, d, to_q + r * d);
             }
             for (i64 s = 0; s < length; s++) {
                 const i64 at = b * table_stride + s * d;
-                rotate_head(of_keys.row(of, b, h, s), cos + at, sin + at, d, to_k + s * d);
+                rotate<false>(of_keys.row(of, b, h, s), cos + at, sin + at, d, to_k + s * d);
                 std::memcpy(to_v + s * d, values.row(of, b, h, s), size_t(d) * 2);
             }
             std::memset(to_q + of.rows() * d, 0, size_t((rows - of.rows()) * d) * 2);
@@ -255,7 +255,7 @@ void falqon_amx_attention_grad(const bf16* grad, i64 grad_stride, const bf16* ke
                 }
                 for (i64 i = 0; i < least(count, of.rows() - start); i++) {
                     const i64 at = b * table_stride + (start + i) / group * d;
-                    rotate_head_back(g + i * d, cos + at, sin + at, d,
+                    rotate<true>(g + i * d, cos + at, sin + at, d,
                                      to_q.row(of, b, h, start + i));
                 }
                 const Plain all_p = {p, wide, count, wide}, all_dp = {dp, wide, count, wide};
@@ -280,7 +280,7 @@ void falqon_amx_attention_grad(const bf16* grad, i64 grad_stride, const bf16* ke
                     put(_mm512_loadu_ps(sum_k + s * d + c), rounded + c);
                     put(_mm512_loadu_ps(sum_v + s * d + c), to_v.row(of, b, h, s) + c);
                 }
-                rotate_head_back(rounded, cos + at, sin + at, d, to_k.row(of, b, h, s));
+                rotate<true>(rounded, cos + at, sin + at, d, to_k.row(of, b, h, s));
             }
         }
     }

@@ -139,7 +139,7 @@ void falqon_rotate(const bf16* x, i64 row_stride, i64 head_stride, const bf16* c
             for (i64 h = 0; h < kv * group; h++) {
                 const bf16* from = x + (b * length + s) * row_stride + h * head_stride;
                 bf16* to = out + (((b * kv + h / group) * length + s) * group + h % group) * d;
-                rotate_head(from, c, n, d, to);
+                rotate<false>(from, c, n, d, to);
             }
         }
 }
@@ -154,7 +154,7 @@ void falqon_rotate_grad(const bf16* grad, const bf16* cos, const bf16* sin, i64 
             for (i64 h = 0; h < kv * group; h++) {
                 const bf16* from = grad + (((b * kv + h / group) * length + s) * group + h % group) * d;
                 bf16* to = out + ((b * length + s) * kv * group + h) * d;
-                rotate_head_back(from, c, n, d, to);
+                rotate<true>(from, c, n, d, to);
             }
         }
 }

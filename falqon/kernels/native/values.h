@@ -60,6 +60,14 @@ static inline __m256i rounded(__m512 x) {
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
 }
 
+// The same, still as float32.
+static inline __m512 rounded_wide(__m512 x) {
+    __m512i bits = _mm512_castps_si512(x), half = _mm512_set1_epi32(0x7FFF);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, half));
+    return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(int(0xFFFF0000u))));
+}
+
 static inline void put_rounded(__m512 x, bf16* to) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded(x));
 }
@@ -250,29 +258,29 @@ static inline void quantize_parts(i64 parts, const bf16* const* x, const i64* wi
 }
 
 // A head of d values rotated: a cos + rotate_half(a) sin, products and sum rounded as torch's
-// modules round them.
-static inline void rotate_head(const bf16* from, const bf16* cos, const bf16* sin, i64 d, bf16* to) {
-    i64 half = d / 2;
-#pragma omp simd
-    for (i64 i = 0; i < half; i++) {
-        float low = widen(from[i]), high = widen(from[half + i]);
-        to[i] = narrow(widen(narrow(low * widen(cos[i]))) + widen(narrow(-high * widen(sin[i]))));
-        to[half + i] = narrow(widen(narrow(high * widen(cos[half + i]))) +
-                              widen(narrow(low * widen(sin[half + i]))));
+// modules round them. `back`: the gradient of what is rotated.
+template <bool back>
+static inline void rotate(const bf16* from, const bf16* cos, const bf16* sin, i64 d, bf16* to) {
+    i64 half = d / 2, i = 0;
+#ifdef __AVX512BW__
+    for (; i + 16 <= half; i += 16) {
+        __m512 low = widened(from + i), high = widened(from + half + i);
+        __m512 first = widened(sin + i), second = widened(sin + half + i);
+        __m512 onto_low = rounded_wide(_mm512_mul_ps(high, back ? second : first));
+        __m512 onto_high = rounded_wide(_mm512_mul_ps(low, back ? first : second));
+        low = rounded_wide(_mm512_mul_ps(low, widened(cos + i)));
+        high = rounded_wide(_mm512_mul_ps(high, widened(cos + half + i)));
+        put_rounded(back ? _mm512_add_ps(low, onto_low) : _mm512_sub_ps(low, onto_low), to + i);
+        put_rounded(back ? _mm512_sub_ps(high, onto_high) : _mm512_add_ps(high, onto_high),
+                    to + half + i);
     }
-}
-
-// The gradient of rotate_head's input.
-static inline void rotate_head_back(const bf16* from, const bf16* cos, const bf16* sin, i64 d,
-                                    bf16* to) {
-    i64 half = d / 2;
-#pragma omp simd
-    for (i64 i = 0; i < half; i++) {
-        float low = widen(from[i]), high = widen(from[half + i]);
-        to[i] = narrow(widen(narrow(low * widen(cos[i]))) +
-                       widen(narrow(high * widen(sin[half + i]))));
-        to[half + i] = narrow(widen(narrow(high * widen(cos[half + i]))) +
-                              widen(narrow(-low * widen(sin[i]))));
+#endif
+    for (; i < half; i++) {
+        float low = widen(from[i]), high = widen(from[half + i]), sign = back ? 1.0f : -1.0f;
+        float of_low = sign * high * widen(sin[back ? half + i : i]);
+        float of_high = -sign * low * widen(sin[back ? i : half + i]);
+        to[i] = narrow(widen(narrow(low * widen(cos[i]))) + widen(narrow(of_low)));
+        to[half + i] = narrow(widen(narrow(high * widen(cos[half + i]))) + widen(narrow(of_high)));
     }
 }
 
