@@ -32,7 +32,7 @@ from falqon.groups import (
     tie,
 )
 from falqon.kernels import RmsNormQuantize, SwigluQuantize
-from falqon.kernels.native import amx, attention, ops
+from falqon.kernels.native import attention, ops
 from falqon.linear import MeldedLinear
 
 _OTHER_ATTENTION = ("softcap", "position_bias", "output_attentions", "cache", "is_causal")
@@ -195,14 +195,14 @@ class GroupedAttention(Grouped):
             shape: b, s, h and kv.
             rotation, mask, options: as `forward` is given them.
         """
-        batch, length, heads, kv = shape
+        batch, length, _, _ = shape
         if (
             self.config._attn_implementation != "sdpa"
             or (self.training and self.attention_dropout)
             or any(options.get(name) for name in _OTHER_ATTENTION)
             or not self.is_causal
             or rotation[0].shape[-1] != self.head_dim
-            or not attention.takes(heads, kv, length, *rotation)
+            or not attention.takes(*shape, *rotation)
         ):
             return None
         return attention.ranges_of(mask, batch, length)
@@ -269,8 +269,11 @@ class GroupedDecoderLayer(nn.Module):
             or second is None
             or activation is None
             or x.dim() != 3
+            or type(mlp) is not GroupedMlp
+            or type(attend).forward is not GroupedAttention.forward
             or type(attend).normed_heads is not GroupedAttention.normed_heads
-            or any(norm.weight.dtype != x.dtype or norm.weight.requires_grad for norm in norms)
+            or "normed_heads" in vars(attend)
+            or any(norm.weight.requires_grad for norm in norms)
         ):
             return None
         groups: tuple[Any, Any, Any, Any] = (
@@ -280,16 +283,17 @@ class GroupedDecoderLayer(nn.Module):
             [mlp.down_proj],
         )
         others = (attend, mlp, *norms, mlp.act_fn, first, second, activation)
-        if not decoder.takes(groups, others, x):
+        weights = (norms[0].weight, norms[1].weight)
+        if not decoder.takes(groups, others, x, weights, attend.head_dim):
             return None
         heads, kv = (groups[0][i].out_features // attend.head_dim for i in (0, 1))
         batch, length, _ = x.shape
         ranges = attend.native_ranges((batch, length, heads, kv), rotation, mask, options)
-        if ranges is None or not amx.attends(attend.head_dim):
+        if ranges is None:
             return None
-        weights = (norms[0].weight, norms[1].weight)
+        live = tuple(layers[0].live for layers in groups)
         normed = (first, second)
-        return decoder.Decoder(groups, weights, normed, heads, kv, ranges, attend.scaling)
+        return decoder.Decoder(groups, live, weights, normed, heads, kv, ranges, attend.scaling)
 
 
 def _normed(norm: nn.Module, block: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, nn.Module]]:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from falqon.groups import run_together
-from falqon.kernels import RmsNormQuantize
-from falqon.kernels.native import amx, amx_decoder, melded
+from falqon.kernels import RmsNormQuantize, SwigluQuantize
+from falqon.kernels.native import amx, amx_decoder, melded, ops
 from falqon.kernels.native.attention import Ranges
 from falqon.linear import MeldedLinear, has_hooks, is_as_made
 
@@ -30,6 +30,7 @@ class Decoder(NamedTuple):
     Attributes:
         groups: melded layers that share an input, in the order in which they are applied: q/k/v, o,
             gate/up, down.
+        live: whether the change that is pending acts, for each group.
         norms: weights of the norms before q/k/v and gate/up, [n].
         normed: these norms, each with the quantiser of what it makes.
         heads, kv: numbers of heads of queries and of keys.
@@ -38,6 +39,7 @@ class Decoder(NamedTuple):
     """
 
     groups: tuple[Sequence[MeldedLinear], ...]
+    live: tuple[bool, ...]
     norms: tuple[Tensor, Tensor]
     normed: tuple[RmsNormQuantize, RmsNormQuantize]
     heads: int
@@ -46,36 +48,86 @@ class Decoder(NamedTuple):
     scaling: float
 
 
-def takes(groups: Sequence[Sequence[nn.Module]], modules: Sequence[nn.Module], x: Tensor) -> bool:
+def takes(
+    groups: Sequence[Sequence[nn.Module]],
+    modules: Sequence[nn.Module],
+    x: Tensor,
+    norms: Sequence[Tensor],
+    d: int,
+) -> bool:
     """Whether melded layers can be part of a decoder layer that is run as one.
 
     Not while a profiler is running: it is to see the parts.
 
     Args:
-        groups: of melded layers that share an input.
+        groups: of melded layers that share an input, as in `Decoder`.
         modules: everything else that would not be called then.
         x: the decoder layer's input, [b, s, n].
+        norms: weights of the norms.
+        d: values in a head.
     """
-    if torch.autograd._profiler_enabled() or not amx.present():
+    if not ops.usable(x, *norms) or torch.autograd._profiler_enabled() or not amx.attends(d):
         return False
-    if any(map(has_hooks, modules)) or any("forward" in vars(module) for module in modules):
-        return False  # transformers replaces `forward` of what it records
+    if torch.nn.modules.module._has_any_global_hook() or not all(map(_is_untouched, modules)):
+        return False
+    kinds = {type(module) for module in modules[-3:]}
+    if kinds != {RmsNormQuantize, SwigluQuantize}:
+        return False
     tokens = x.shape[:-1].numel()
     for layers in groups:
-        if not run_together(layers) or any("forward" in vars(layer) for layer in layers):
+        if not run_together(layers) or not all(map(_is_untouched, layers)):
             return False
         own: Sequence[MeldedLinear] = layers  # type: ignore[assignment]
         codes, rank = [layer.codes for layer in own], own[0].rank
-        biases = [layer.bias for layer in own if layer.bias is not None]
         if not (
             is_as_made(own)
-            and melded.takes(own[0].recipe, codes, [x, *biases])
+            and melded.takes(own[0].recipe, codes, [x])
             and amx.takes(codes, tokens, rank)
-            and all(layer.B.is_contiguous() for layer in own)
-            and not any(bias.requires_grad for bias in biases)
+            and all(map(_has_plain_parameters, own))
         ):
             return False
-    return True
+    return ops.sums_as_torch() and _fit(groups, x, norms, d)  # type: ignore[arg-type]
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Nobody wants to see it being called, or to be called instead."""
+    return not has_hooks(module) and "forward" not in vars(module)
+
+
+def _has_plain_parameters(layer: MeldedLinear) -> bool:
+    """B, scale and a bias that is frozen are as they were made."""
+    plain = all(
+        type(t) is nn.Parameter and t.is_cpu and t.dtype == torch.float32 and t.is_contiguous()
+        for t in (layer.B, layer.scale)
+    )
+    bias = layer.bias
+    if bias is None:
+        return plain
+    frozen = ops.usable(bias) and bias.is_contiguous() and not bias.requires_grad
+    return plain and frozen and bias.shape == (layer.out_features,)
+
+
+def _fit(
+    groups: Sequence[Sequence[MeldedLinear]], x: Tensor, norms: Sequence[Tensor], d: int
+) -> bool:
+    """Whether each part takes what the one before gives; the modules say so if it does not."""
+    if [len(layers) for layers in groups] != [3, 1, 2, 1]:
+        return False
+    (q, k, v), (output,), (gate, up), (down,) = (
+        [(layer.codes.shape[1], layer.codes.shape[0] - layer.rank) for layer in layers]
+        for layers in groups
+    )
+    layers = [layer for some in groups for layer in some]
+    n = x.shape[-1]
+    return (
+        q[0] == k[0] == v[0] == output[1] == gate[0] == up[0] == down[1] == n
+        and q[1] == output[0]
+        and k[1] == v[1]
+        and gate[1] == up[1] == down[0]
+        and q[1] % d == k[1] % d == 0
+        and all(norm.shape == (n,) and norm.is_contiguous() for norm in norms)
+        and all(layer.B.shape == (len(layer.codes) - layer.rank, layer.rank) for layer in layers)
+    )
 
 
 def apply_decoder(parts: Decoder, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -99,20 +151,21 @@ class _DecoderFunction(torch.autograd.Function):
     def forward(
         ctx: Any, parts: Decoder, cos: Tensor, sin: Tensor, hidden_states: Tensor, *_: Tensor
     ) -> Tensor:
-        x = hidden_states.detach().reshape(-1, hidden_states.shape[-1]).contiguous()
+        x = hidden_states.contiguous()
         layers = list(chain.from_iterable(parts.groups))
+        pairs = zip(parts.groups, parts.live, strict=True)
         tensors = [
             *(cos.contiguous(), sin.contiguous(), *parts.norms),
             *(layer.codes for layer in layers),
             *(layer.scale for layer in layers),
-            *(layer.B for layer in layers if layer.live),
+            *(layer.B for some, live in pairs if live for layer in some),
         ]
         out, kept = _plan(parts, tensors).forward(x)
         # Of what is saved autograd notices if it is changed before the backward pass; and a saved
         # parameter is what FSDP2 has gathered again by then.
         ctx.save_for_backward(x, *kept, *tensors)
-        ctx.parts, ctx.shape = parts, hidden_states.shape
-        return out.view(ctx.shape)
+        ctx.parts = parts
+        return out
 
     @staticmethod
     @once_differentiable
@@ -120,9 +173,8 @@ class _DecoderFunction(torch.autograd.Function):
         x, gate, up, rest, *tensors = ctx.saved_tensors
         _, _, _, want_input, *want_proxies = ctx.needs_input_grad
         of_input, of_proxies = _plan(ctx.parts, tensors).backward(
-            grad.reshape(x.shape).contiguous(), x, (gate, up, rest), want_input, want_proxies
+            grad.contiguous(), x, (gate, up, rest), want_input, want_proxies
         )
-        of_input = None if of_input is None else of_input.view(ctx.shape)
         return None, None, None, of_input, *of_proxies
 
 
@@ -131,21 +183,21 @@ def _plan(parts: Decoder, tensors: Sequence[Tensor]) -> amx_decoder.Plan:
     cos, sin, first_norm, second_norm, *rest = tensors
     number = sum(map(len, parts.groups))
     codes, scales, proxies = rest[:number], rest[number : 2 * number], rest[2 * number :]
-    groups, at, live = [], 0, 0
-    for layers in parts.groups:
+    groups, at, acting = [], 0, 0
+    for layers, live in zip(parts.groups, parts.live, strict=True):
         first, end = layers[0], at + len(layers)
-        live_end = live + len(layers) * first.live
+        acting_end = acting + len(layers) * live
         group = amx_decoder.Group(
             codes[at:end],
             scales[at:end],
-            proxies[live:live_end],
+            proxies[acting:acting_end],
             [layer.bias for layer in layers],
             [layer.lora_scaling for layer in layers],
             first.rank,
             first.recipe.emulate == "fp8",
         )
         groups.append(group)
-        at, live = end, live_end
+        at, acting = end, acting_end
     return amx_decoder.Plan(
         groups,
         (first_norm, second_norm),

@@ -155,7 +155,9 @@ class _MeldedFunction(torch.autograd.Function):
 def is_as_made(layers: Sequence[MeldedLinear]) -> bool:
     """Whether nobody replaced or watches a step that layers with one input are made of."""
     first = layers[0]
-    return _has_own_steps(first, first.quantize_input) and all(map(_has_own_proxy_grad, layers))
+    kinds = {type(first.quantize_input), type(first.quantize_gradient)}
+    own = kinds <= {Quantize, PassThrough} and _has_own_steps(first, first.quantize_input)
+    return own and all(map(_has_own_proxy_grad, layers))
 
 
 def _has_own_steps(first: MeldedLinear, quantize: nn.Module) -> bool:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from falqon import blocks, decoder
-from falqon.kernels import ProxyGrad
+from falqon.fp8 import E4M3
+from falqon.kernels import PassThrough, ProxyGrad, RmsNormQuantize
 from falqon.kernels.native import amx
 from falqon.meld import melded_layers
 from falqon.precision import FalqonPrecision
@@ -24,8 +25,10 @@ BF16 = torch.bfloat16
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
 
 
-def made(family: str = "llama", live: bool = True, recipe: str = "default") -> PreTrainedModel:
-    model = make_base(family, **SIZES)
+def made(
+    family: str = "llama", live: bool = True, recipe: str = "default", **changes: int
+) -> PreTrainedModel:
+    model = make_base(family, **(SIZES | changes))
     plugin = FalqonPrecision(
         rank=4, lora_alpha=6, update="live" if live else "paper", recipe=recipe
     )
@@ -57,9 +60,11 @@ def counted(whole: bool = True) -> Iterator[list[int]]:
         yield calls
 
 
-def results(model: PreTrainedModel, **options: Any) -> list[Tensor]:
+def results(
+    model: PreTrainedModel, rows: int = 2, length: int = 36, **options: Any
+) -> list[Tensor]:
     """Output and gradients of a model whose embeddings want one, too."""
-    ids = torch.arange(2 * 36).view(2, 36) % 61
+    ids = torch.arange(rows * length).view(rows, length) % 61
     given = model.get_input_embeddings()(ids).detach().requires_grad_()
     out = model(inputs_embeds=given, use_cache=False, **options).logits
     model.zero_grad()
@@ -85,14 +90,94 @@ def test_bits_are_those_of_the_modules(family: str, recipe: str, live: bool) -> 
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+def packed(rows: int, length: int) -> dict[str, Tensor]:
+    """Two documents a row, the second of another length in each row, and positions of their own."""
+    at = torch.arange(length).expand(rows, length)
+    begin = torch.arange(7, 7 + 5 * rows, 5)[:, None]
+    document = (at >= begin).int()
+    seen = (document[:, :, None] == document[:, None]) & torch.ones(length, length).tril().bool()
+    return {"attention_mask": seen[:, None], "position_ids": at - begin * document}
+
+
+@pytest.mark.parametrize("kind", ["packed", "padded", "many tokens"])
+def test_bits_of_other_batches(kind: str) -> None:
+    model = made(intermediate_size=1536 if kind == "many tokens" else 96).to(BF16)
+    given: dict[str, Any] = {
+        "packed": packed(2, 36),
+        "many tokens": {"rows": 4, "length": 203},
+    }.get(kind, {"attention_mask": (torch.arange(36) >= torch.tensor([[9], [0]])).long()})
+    with counted() as whole:
+        ours = results(model, **given)
+    with counted(whole=False):
+        theirs = results(model, **given)
+    assert len(whole) == 2
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_batches_of_several_sizes_in_turn() -> None:
+    model = made().to(BF16)
+    sizes = [(1, 40), (3, 100), (2, 36), (1, 33)]
+    ours = [results(model, *size) for size in sizes]
+    with counted(whole=False):
+        theirs = [results(model, *size) for size in sizes]
+    for a, b in zip(ours, theirs, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, "autocast"])
+def test_contexts(context: Any) -> None:
+    model = made().to(BF16)
+    ids = torch.arange(72).view(2, 36) % 61
+    outs = []
+    for whole in (True, False):
+        inside = torch.autocast("cpu", BF16) if context == "autocast" else context()
+        with counted(whole) as calls, inside:
+            outs.append(model(ids, use_cache=False).logits)
+        assert len(calls) == 2 * whole
+    assert torch.equal(outs[0], outs[1])
+
+
+def test_output_may_be_changed_in_place() -> None:
+    model = made().to(BF16)
+    layer_of(model).register_forward_hook(lambda module, args, out: out.mul_(2))
+    with counted() as calls:
+        ours = results(model)
+    with counted(whole=False):
+        theirs = results(model)
+    assert len(calls) == 2
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_wrong_features_are_refused() -> None:
+    layer = layer_of(made().to(BF16))
+    rotation = (torch.ones(1, 36, 32, dtype=BF16),) * 2
+    with pytest.raises((ValueError, RuntimeError)), counted() as calls:
+        layer(torch.zeros(2, 36, 32, dtype=BF16), position_embeddings=rotation)
+    assert not calls
+
+
+def test_compiled_layers_are_not_run_as_one() -> None:
+    model = made().to(BF16)
+    layer, x = layer_of(model), torch.randn(2, 36, 64).to(BF16)
+    cos, sin = model.model.rotary_emb(x, torch.arange(36)[None])
+    expected = layer(x, position_embeddings=(cos, sin))
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    with counted() as calls:
+        found = compiled(x, position_embeddings=(cos, sin))
+    assert not calls
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
 def test_what_needs_no_gradient_gets_none() -> None:
     model = made().to(BF16)
     layer = layer_of(model)
     groups = ("q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj")
     x = torch.randn(2, 36, 64).to(BF16)
     cos, sin = model.model.rotary_emb(x, torch.arange(36)[None])
-    for first in range(len(groups) + 1):  # of the groups that are trained
-        trained = {name for group in groups[first:] for name in group.split()}
+    every = [groups[first:] for first in range(len(groups) + 1)]
+    every += [groups[:end] for end in range(1, len(groups))] + [("k_proj", "up_proj")]
+    for some in every:  # of the groups that are trained
+        trained = {name for group in some for name in group.split()}
         for name, melded in melded_layers(layer).items():
             melded.B.requires_grad_(name.rpartition(".")[2] in trained)
         grads = []
@@ -133,6 +218,14 @@ class OwnProxyGrad(ProxyGrad):
     pass
 
 
+class OwnPassThrough(PassThrough):
+    pass
+
+
+class OwnNorm(RmsNormQuantize):
+    pass
+
+
 def _hook(name: str) -> Callable[[blocks.GroupedDecoderLayer], object]:
     return lambda layer: layer.get_submodule(name).register_forward_hook(lambda *_: None)
 
@@ -156,6 +249,11 @@ CHANGES = {
     "proxies of another layout": lambda layer: setattr(
         layer.mlp.down_proj.B, "data", layer.mlp.down_proj.B.data.t().contiguous().t()
     ),
+    "proxy in 16 bits": lambda layer: setattr(
+        layer.mlp.down_proj.B, "data", layer.mlp.down_proj.B.data.to(BF16)
+    ),
+    "quantiser of somebody else": _set("self_attn.o_proj", "quantize_input", OwnPassThrough()),
+    "norm of somebody else": _set("mlp", "norm_quantize", OwnNorm(1e-6, E4M3, "power_of_two")),
     "dropout": _set("self_attn", "attention_dropout", 0.1),
     "not causal": _set("self_attn", "is_causal", False),
 }
@@ -185,8 +283,9 @@ def test_recorded_states_and_attentions() -> None:
     model = made().to(BF16)
     found = []
     for whole in (True, False):
-        with counted(whole):
+        with counted(whole) as calls:
             found.append(model(ids, output_hidden_states=True).hidden_states)
+        assert not calls  # transformers looks at attentions, too
     assert len(found[0]) == len(found[1]) == 3
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     model.set_attn_implementation("eager")

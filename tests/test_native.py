@@ -125,7 +125,9 @@ def test_swiglu_for_every_gate() -> None:
 @pytest.mark.parametrize("sums_as_torch", [True, False])
 def test_rms_norm(n: int, sums_as_torch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not sums_as_torch:  # as where torch sums in another order
-        monkeypatch.setattr(ops, "_sums_as_torch", lambda: False)
+        monkeypatch.setattr(ops, "sums_as_torch", lambda: False)
+    elif not ops.sums_as_torch():
+        pytest.skip("torch sums rows in another order on this processor")
     x, grad = torch.randn(50, n).to(BF16) * 3, torch.randn(50, n).to(BF16)
     weight = torch.randn(n).to(BF16)
     codes, scale, inverse = rms_norm_quantize(x, weight, 1e-5, E4M3, "power_of_two")

@@ -69,7 +69,9 @@ def test_attention(heads: int, kv: int, d: int, kind: str, units: None) -> None:
     grad = torch.randn(shapes[0]).to(BF16)
     ranges = attention.ranges_of(mask, batch, length)
     assert ranges is not None
-    assert attention.takes(heads, kv, length, cos, sin)
+    assert attention.takes(batch, length, heads, kv, cos, sin)
+    assert not attention.takes(batch, length, heads, kv, cos[0], sin[0])
+    assert not attention.takes(batch, length, heads, kv, cos.repeat(2, 1, 1), sin.repeat(2, 1, 1))
     ours = attention.attend(*given, cos, sin, ranges, d**-0.5)
     exact = [x.detach().double().requires_grad_() for x in given]
     expected = sdpa(exact, cos.double(), sin.double(), mask)

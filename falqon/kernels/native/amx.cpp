@@ -91,7 +91,6 @@ void multiply(i64 layers, const Left& x, i64 tokens, i64 in, const uint8_t* cons
                 });
                 weight += outs[l] * in, proxy += outs[l] * wide;
             }
-            writer.finish();  // before what it reads of `inner` is another's
         }
     }
 }

@@ -332,7 +332,7 @@ public:
 
     // A block of a product, rounded. With `other`, one of which is rounded before, the sum of both;
     // with `onto`, the result is rounded, added to that and rounded again. Rows of `to` and `onto` are
-    // `stride` apart, and may be written by `finish` only.
+    // `stride` apart. Until `finish`, `to` is not complete, and `onto` has to stay as it is.
     void block(const Product& of, i64 m, i64 p, bf16* to, i64 stride,
                const Product* other = nullptr, const bf16* onto = nullptr) {
         float *mine = sums[at], *rest = others[at];

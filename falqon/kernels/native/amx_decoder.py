@@ -132,15 +132,16 @@ class Plan(NamedTuple):
         """The layer's output.
 
         Args:
-            x: its input, [T, n], contiguous.
+            x: its input, [b, s, n], contiguous.
 
         Returns:
-            [T, n]; and what `backward` needs of it: outputs of gate and up, [T, m], and the rest.
+            [b, s, n]; and what `backward` needs: outputs of gate and up, [T, m], and the rest.
         """
         given = self._given()
         memory, work, _ = _sizes(given)
         inner = self.groups[3].codes[0].shape[1]
-        kept = [x.new_empty(len(x), inner), x.new_empty(len(x), inner), x.new_empty(memory)]
+        tokens = x.shape[0] * x.shape[1]
+        kept = [x.new_empty(tokens, inner), x.new_empty(tokens, inner), x.new_empty(memory)]
         out = torch.empty_like(x)
         room = amx.memory(work)
         ops.call("amx_decoder", ctypes.byref(given), *map(ops.at, (x, out, *kept, room)))
@@ -157,12 +158,12 @@ class Plan(NamedTuple):
         """Gradients of the input and of the B_i, times their factors.
 
         Args:
-            grad: of the output, [T, n], contiguous.
+            grad: of the output, [b, s, n], contiguous.
             x, kept: the input, and what `forward` gave besides.
             want_input, want_proxies: which of the results to make.
 
         Returns:
-            [T, n] or None; float32 [out_i, r] or None for each layer of each group.
+            [b, s, n] or None; float32 [out_i, r] or None for each layer of each group.
         """
         given = self._given()
         of_input = torch.empty_like(x) if want_input else None

@@ -98,8 +98,8 @@ def _read(mask: Tensor, batch: int, length: int) -> Ranges | None:
     return Ranges(first.expand(batch, length).contiguous(), last.expand(batch, length).contiguous())
 
 
-def takes(heads: int, kv: int, length: int, cos: Tensor, sin: Tensor) -> bool:
-    """Whether heads of these numbers, rotated by these tables, can be attended to.
+def takes(batch: int, length: int, heads: int, kv: int, cos: Tensor, sin: Tensor) -> bool:
+    """Whether heads of these numbers, rotated by tables [b or 1, s, d], can be attended to.
 
     Queries, keys and values have to be `ops.usable`, and as many values as the tables.
     """
@@ -108,7 +108,9 @@ def takes(heads: int, kv: int, length: int, cos: Tensor, sin: Tensor) -> bool:
         ops.usable(cos, sin)
         and d % 2 == 0
         and cos.shape == sin.shape
-        and cos.shape[-2] == length > 1
+        and cos.dim() == 3
+        and cos.shape[0] in (1, batch)
+        and cos.shape[1] == length > 1
         and heads % kv == 0
     )
 

@@ -156,7 +156,7 @@ def rms_norm_quantized(
         [T, n]; 1 / rms(x), float32 [T, 1].
     """
     x, weight = x.contiguous(), weight.contiguous()
-    known = not _sums_as_torch()
+    known = not sums_as_torch()
     inverse = _inverse_rms(x, eps) if known else x.new_empty(len(x), 1, dtype=torch.float32)
     return _rms_norm(x, weight, eps, inverse, known, rounded), inverse
 
@@ -175,12 +175,13 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def _sums_as_torch() -> bool:
+def sums_as_torch() -> bool:
     """Whether the C++ sums the squares of a row in torch's order, which differs by processor."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for n in (1, 7, 8, 40, 576, 1541, 2048, 8232, 16384):
-        x = torch.randn(64, n, generator=generator).to(_BF16)
-        inverse = torch.empty(64, 1)
+        numbers = torch.empty(64, n, dtype=torch.float32, device="cpu")
+        x = numbers.normal_(generator=generator).to(_BF16)
+        inverse = x.new_empty(64, 1, dtype=torch.float32)
         _rms_norm(x, x[0], 1e-5, inverse, False, False)
         if not torch.equal(inverse, _inverse_rms(x, 1e-5)):
             return False
