@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 from weakref import WeakSet
 
@@ -39,7 +40,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         through = amx.dense_grad if amx.takes_dense(weight) else torch.mm
         rows = max(1, _LOGIT_BYTES // (weight.shape[0] * weight.element_size()))
         for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
-            logits = part @ weight.t()
+            logits = _room(len(part), len(weight), part)
+            torch.mm(part, weight.t(), out=logits)
             total += ops.cross_entropy(logits, target, want).sum()
             if want:
                 grads.append(through(logits, weight))
@@ -52,6 +54,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (of_hidden,) = ctx.saved_tensors
         return (of_hidden.float() * grad).to(of_hidden.dtype), None, None
+
+
+_KEPT = threading.local()
+
+
+def _room(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Memory for logits [rows, columns], the same for all calls of a thread.
+
+    Every step has another number of supervised tokens, so that an allocator gives back what was
+    freed and asks the system for new memory, which costs a fault a page.
+    """
+    size, kept = rows * columns, getattr(_KEPT, "logits", None)
+    if kept is None or len(kept) < size or kept.dtype != like.dtype:
+        kept = _KEPT.logits = None  # not both at a time
+        with torch.inference_mode(False):  # others may write to it, too
+            kept = _KEPT.logits = torch.empty(size, dtype=like.dtype, device=like.device)
+    return kept[:size].view(rows, columns)
 
 
 def supervised_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
