@@ -4,12 +4,14 @@
         --train rows.json --steps 50 --output runs/compare
 
 Each method is an overlay of `configs/methods` (or the path of one) on one generated configuration,
-and trains in a process of its own by `train.py fit`. `qlora:padded` is QLoRA with padded batches
-where the others have packed ones (`--packing`), `qlora:compiled` with compiled layers. The first
-round trains for all steps and validates; further rounds train a few steps again, all methods in
-turn, so that a noisy machine hits all alike. A method that does not train is not reported: every
-parameter that it says it trains must get a gradient that is not zero, what it changes must have
-changed, and the held-out loss must fall.
+and trains in a process of its own by `train.py fit`, one after the other. `--turns` has them all in
+memory and lets them do a step each in turn: on a machine whose speed changes from one minute to the
+next, as a shared one's does, only steps that follow each other compare. `qlora:padded` is QLoRA
+with padded batches where the others have packed ones (`--packing`), `qlora:compiled` with compiled
+layers. The first round trains for all steps and validates; further rounds train a few steps again,
+all methods in turn, so that a noisy machine hits all alike. A method that does not train is not
+reported: every parameter that it says it trains must get a gradient that is not zero, what it
+changes must have changed, and the held-out loss must fall.
 
 Written to the output directory: `compare.csv`, `compare.json` (hardware, versions, settings, every
 step), `step_time.png`, `loss.png`, `breakdown.png`.
@@ -23,6 +25,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ import torch
 import yaml
 
 from benchmarks import compare_report
+from benchmarks.compare_turns import Turns, take_turns
 from falqon.doctor import examine
 from falqon.errors import InputError
 
@@ -83,7 +87,9 @@ def find_overlays(names: str, packing: bool = False) -> dict[str, Path]:
     return found
 
 
-def base_config(args: argparse.Namespace, root: Path, number: int) -> dict[str, Any]:
+def base_config(
+    args: argparse.Namespace, root: Path, number: int, turns: Turns | None = None
+) -> dict[str, Any]:
     """The configuration that every method's overlay is put on.
 
     Args:
@@ -92,10 +98,13 @@ def base_config(args: argparse.Namespace, root: Path, number: int) -> dict[str, 
         number: Of the round: 0 is the one with all steps and validations, the others are short and
             for times alone. The second one has further steps that are profiled and not timed; if
             there is no second one, warm-up steps of the first are.
+        turns: Asked before each step, if methods take turns.
     """
     full = number == 0
     steps = args.steps if full else args.warmup + args.timed_steps
     probe: dict[str, Any] = {"warmup": args.warmup}
+    if turns is not None:
+        probe["turns"] = turns.of_worker
     if args.repeats == 1:  # slows nothing that is timed
         probe |= {"profile_from": args.warmup // 2, "profile_steps": args.warmup - args.warmup // 2}
     elif number == 1:
@@ -155,51 +164,96 @@ def with_rank(overlay: dict[str, Any], rank: int | None) -> dict[str, Any]:
     return overlay
 
 
-def train(args: argparse.Namespace, name: str, path: Path, number: int) -> dict[str, Any]:
-    """Train with one method in a process of its own.
+class Training:
+    """One method's training of a round, in a process of its own that has begun.
 
-    Returns:
-        What `benchmarks.compare_worker` gives, or `error` with the reason that there is nothing.
+    Args:
+        args: The command line.
+        name, path: The method and its overlay.
+        number: Of the round.
+        turns: To be asked for each step, if methods take turns.
     """
-    root = args.output / "runs" / name.replace(":", "-") / str(number)
-    shutil.rmtree(root, ignore_errors=True)
-    root.mkdir(parents=True)
-    overlay = with_rank(yaml.safe_load(path.read_text()), args.rank)
-    variant = VARIANTS.get(name.partition(":")[2], {})
-    configs = {"base": base_config(args, root / "run", number), "method": overlay}
-    configs["variant"] = variant
-    for title, config in configs.items():
-        (root / f"{title}.yaml").write_text(yaml.safe_dump(config))
-    job = root / "job.json"
-    optimizer = overlay.get("model", {}).get("init_args", {}).get("optimizer", {})
-    job.write_text(
-        json.dumps(
-            {
-                "arguments": [f"--config={root / title}.yaml" for title in configs],
-                "threads": args.threads,
-                "closing": number == 0,
-                "lr": optimizer.get("init_args", {}).get("lr"),
-            }
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        name: str,
+        path: Path,
+        number: int,
+        turns: Turns | None = None,
+    ) -> None:
+        self.root = args.output / "runs" / name.replace(":", "-") / str(number)
+        shutil.rmtree(self.root, ignore_errors=True)
+        self.root.mkdir(parents=True)
+        overlay = with_rank(yaml.safe_load(path.read_text()), args.rank)
+        configs = {
+            "base": base_config(args, self.root / "run", number, turns),
+            "method": overlay,
+            "variant": VARIANTS.get(name.partition(":")[2], {}),
+        }
+        for title, config in configs.items():
+            (self.root / f"{title}.yaml").write_text(yaml.safe_dump(config))
+        job = self.root / "job.json"
+        optimizer = overlay.get("model", {}).get("init_args", {}).get("optimizer", {})
+        job.write_text(
+            json.dumps(
+                {
+                    "arguments": [f"--config={self.root / title}.yaml" for title in configs],
+                    "threads": args.threads,
+                    "closing": number == 0,
+                    "lr": optimizer.get("init_args", {}).get("lr"),
+                }
+            )
         )
-    )
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(args.threads),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    }
-    log = root / "log.txt"
-    with log.open("w") as file:
-        code = subprocess.run(
-            [sys.executable, "-m", "benchmarks.compare_worker", str(job)],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            check=False,
-        ).returncode
-    result = job.with_suffix(".result.json")
-    if code or not result.is_file():
-        lines = [line for line in log.read_text().splitlines() if line.strip()]
-        return {"error": f"{lines[-1] if lines else f'exit status {code}'} (see {log})"}
-    return dict(json.loads(result.read_text()))
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(args.threads),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        }
+        with (self.root / "log.txt").open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.compare_worker", str(job)],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=() if turns is None else turns.of_worker,
+            )
+        if turns is not None:
+            turns.begun()
+
+    def result(self) -> dict[str, Any]:
+        """What `benchmarks.compare_worker` gives, or `error` with the reason that there is nothing.
+
+        Waits for the process to end.
+        """
+        code = self.process.wait()
+        found, log = self.root / "job.result.json", self.root / "log.txt"
+        if code or not found.is_file():
+            lines = [line for line in log.read_text().splitlines() if line.strip()]
+            return {"error": f"{lines[-1] if lines else f'exit status {code}'} (see {log})"}
+        return dict(json.loads(found.read_text()))
+
+
+def train(
+    args: argparse.Namespace, overlays: dict[str, Path], number: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Train with every method, for a round; name and result of each (see `Training.result`)."""
+
+    def begin(name: str, turns: Turns | None = None) -> Training:
+        print(f"round {number + 1} of {args.repeats}: {name}", flush=True)
+        return Training(args, name, overlays[name], number, turns)
+
+    if not args.turns:
+        for name in overlays:
+            yield name, begin(name).result()
+        return
+    begun: list[Training] = []
+    try:
+        take_turns([lambda turns, name=name: begun.append(begin(name, turns)) for name in overlays])
+        for name, training in zip(overlays, begun, strict=True):
+            yield name, training.result()
+    finally:
+        for training in begun:
+            training.process.kill()  # of one that has ended nothing is left to kill
 
 
 def reason_to_refuse(result: dict[str, Any]) -> str | None:
@@ -240,15 +294,12 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "libraries": compare_report.versions(),
     }
     for number in range(args.repeats):
-        for name, path in overlays.items():
-            if name in refused:
-                continue
-            print(f"round {number + 1} of {args.repeats}: {name}", flush=True)
-            result = train(args, name, path, number)
+        left = {name: path for name, path in overlays.items() if name not in refused}
+        for name, result in train(args, left, number):
             reason = reason_to_refuse(result) if number == 0 else result.get("error")
             if reason is not None:
                 refused[name] = reason
-                print(f"  not reported: {reason}", flush=True)
+                print(f"  {name} is not reported: {reason}", flush=True)
             rounds[name].append(result)
         reported = {name: found for name, found in rounds.items() if name not in refused}
         record |= {"rows": compare_report.rows(reported, args), "refused": refused}
@@ -271,6 +322,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=50, help="of the round that learns")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"))
     parser.add_argument("--repeats", type=int, default=3, help="rounds, all but one short")
+    parser.add_argument("--turns", action="store_true", help="a step of each method in turn")
     parser.add_argument("--warmup", type=int, default=3, help="steps not timed in a round")
     parser.add_argument("--timed-steps", type=int, default=10, help="of the short rounds")
     parser.add_argument("--batch-size", type=int, default=8)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.compare_breakdown import breakdown
+from benchmarks.compare_turns import wait_for_turn
 from falqon.callbacks.report import peak_memory
 from falqon.callbacks.throughput import count_tokens
 from lit_modules.methods import Method
@@ -27,12 +28,18 @@ class Probe(Callback):
         warmup: First steps, whose memory does not count.
         profile_from: First step that is profiled; none if None.
         profile_steps: How many are. Several, since methods do not do the same in every step.
+        turns: Wait for a turn before each step: see `benchmarks.compare_turns`.
     """
 
     def __init__(
-        self, warmup: int = 3, profile_from: int | None = None, profile_steps: int = 1
+        self,
+        warmup: int = 3,
+        profile_from: int | None = None,
+        profile_steps: int = 1,
+        turns: tuple[int, int] | None = None,
     ) -> None:
         self.warmup = warmup
+        self.turns = turns
         self.profiled = range(0)
         if profile_from is not None:
             self.profiled = range(profile_from, profile_from + profile_steps)
@@ -80,6 +87,9 @@ class Probe(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         step = len(self.steps)
+        self._between = time.perf_counter() - self._end if self._end is not None else None
+        if self.turns is not None:
+            wait_for_turn(self.turns)
         if step in self.profiled and self._profile is None:
             self._profile = profile(activities=_activities(), acc_events=True)
             self._profile.start()
@@ -87,7 +97,6 @@ class Probe(Callback):
             reset_peak_rss()
         _wait(trainer)
         self._start = time.perf_counter()
-        self._between = self._start - self._end if self._end is not None else None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -104,6 +113,7 @@ class Probe(Callback):
             self.peak_rss = max(self.peak_rss, peak_rss())
         self.steps.append(
             {
+                "start": self._start,
                 "seconds": seconds,
                 "tokens": int(count_tokens(batch)),
                 "positions": batch["input_ids"].numel(),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 from argparse import Namespace
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,8 +34,9 @@ def arguments(tokenizer_dir: str, alpaca_file: str, output: Path, *more: str) ->
 def test_two_methods_side_by_side(
     tokenizer_dir: str, alpaca_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Their steps in turn."""
     flags = arguments(tokenizer_dir, alpaca_file, tmp_path, "--methods=lora,falqon")
-    assert compare.main([*flags, "--repeats=1", "--paper"]) == 0
+    assert compare.main([*flags, "--repeats=1", "--turns", "--paper"]) == 0
     out = capsys.readouterr().out
     assert "x LoRA" in out and "x QLoRA" in out.split("The paper's numbers")[1]
     with (tmp_path / "compare.csv").open() as file:
@@ -56,6 +59,13 @@ def test_two_methods_side_by_side(
     assert falqon[0]["describe"]["settings"]["rank"] == lora[0]["describe"]["settings"]["rank"] == 4
     assert [s["tokens"] for s in falqon[0]["steps"]] == [s["tokens"] for s in lora[0]["steps"]]
     assert [v["step"] for v in lora[0]["validations"]][:3] == [0, 4, 8]
+    spans = sorted(
+        (step["start"], step["start"] + step["seconds"], number)
+        for number, of in enumerate((lora, falqon))
+        for step in of[0]["steps"]
+    )
+    assert [number for *_, number in spans] == [0, 1] * 8
+    assert all(end <= start for (_, end, _), (start, *_) in pairwise(spans))
     parts = compare_report.breakdown(falqon)
     assert set(parts) == set(PARTS) and parts["matmul"] > 0
     assert parts["update"] > compare_report.breakdown(lora)["update"]
@@ -190,21 +200,26 @@ def test_a_crash_is_reported(
     crash.write_text("#!/bin/sh\necho work\necho out of memory >&2\nexit 3\n")
     crash.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(crash))
-    told = compare.train(args, "lora", compare.OVERLAYS / "lora.yaml", 0)
-    assert told["error"].startswith("out of memory (see ")
+    for turns in (False, True):
+        args.turns = turns
+        ((name, told),) = compare.train(args, {"lora": compare.OVERLAYS / "lora.yaml"}, 0)
+        assert name == "lora" and told["error"].startswith("out of memory (see ")
     assert Path(told["error"].split("see ")[1].rstrip(")")).is_file()
 
 
-def test_methods_take_turns_and_a_refused_one_is_left_out(
+def test_rounds_and_a_refused_method_is_left_out(
     alpaca_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[str, int, int]] = []
 
-    def train(args: Namespace, name: str, path: Path, number: int) -> dict[str, Any]:
+    def train(
+        args: Namespace, overlays: dict[str, Path], number: int
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
         config = compare.base_config(args, tmp_path, number)
         probe = config["trainer"]["callbacks"][0]["init_args"]
-        seen.append((name, config["trainer"]["max_steps"], probe.get("profile_from")))
-        return result(unchanged=["x"]) if name == "qlora" else result()
+        for name in overlays:
+            seen.append((name, config["trainer"]["max_steps"], probe.get("profile_from")))
+            yield name, result(unchanged=["x"]) if name == "qlora" else result()
 
     monkeypatch.setattr(compare, "train", train)
     flags = arguments("model", alpaca_file, tmp_path, "--methods=lora,qlora,falqon")
