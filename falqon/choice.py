@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -26,7 +29,7 @@ def choose(recipe: UpdateRecipe, state: RowState) -> tuple[Tensor | None, Tensor
         pending = torch.where(enough[:, None], pending, 0.0)
     if sum(_counts(recipe, layer)) >= layer.out_features:
         return None, pending
-    rows = _best(recipe, state, _score(recipe, state, pending), (pending != 0).any(dim=1))
+    rows = _best(recipe, state, _score(recipe, state, pending), lambda: (pending != 0).any(dim=1))
     return rows, pending[rows]
 
 
@@ -55,7 +58,7 @@ def choose_cut(recipe: UpdateRecipe, states: list[RowState]) -> dict[int, tuple[
     if not cut:
         return {}
     norms = selection.norms(layers)
-    rows = [_best(recipe, s, norm, norm > 0) for s, norm in zip(cut, norms, strict=True)]
+    rows = [_best(recipe, s, n, partial(torch.gt, n, 0)) for s, n in zip(cut, norms, strict=True)]
     changes = selection.pending_rows(layers, rows)
     return {id(s): (k, b) for s, k, b in zip(cut, rows, changes, strict=True)}
 
@@ -63,6 +66,8 @@ def choose_cut(recipe: UpdateRecipe, states: list[RowState]) -> dict[int, tuple[
 def drop_diverged(b: Tensor) -> None:
     """Clear rows of B that are not finite: they cannot be written, and would act for good."""
     finite = torch.isfinite(b.sum(dim=1, keepdim=True))
+    if b.is_cpu and bool(finite.all()):  # on a GPU looking would wait
+        return
     b.copy_(torch.where(finite, b, 0.0))
 
 
@@ -82,8 +87,11 @@ def _score(recipe: UpdateRecipe, state: RowState, pending: Tensor) -> Tensor:
     return state.expected_flips(pending)
 
 
-def _best(recipe: UpdateRecipe, state: RowState, score: Tensor, waiting: Tensor) -> Tensor:
-    # A row that nothing is pending for does not wait for its turn.
-    since = torch.where(waiting, state.last_written, torch.iinfo(torch.int32).max)
+def _best(
+    recipe: UpdateRecipe, state: RowState, score: Tensor, waiting: Callable[[], Tensor]
+) -> Tensor:
     count, extra = _counts(recipe, state.layer)
+    since = None
+    if extra:  # a row that nothing is pending for does not wait for its turn
+        since = torch.where(waiting(), state.last_written, torch.iinfo(torch.int32).max)
     return select_rows(score, count, since, extra)

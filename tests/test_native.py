@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from falqon.errors import InputError
-from falqon.fp8 import E4M3, E5M2, Format, decode, quantize
+from falqon.fp8 import E4M3, E5M2, Format, decode, encode, quantize
 from falqon.kernels.native import build, ops
 from falqon.kernels.rms_norm_quantize import rms_norm_grad, rms_norm_quantize
+from falqon.kernels.row_update import Origin, row_update
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
 BF16 = torch.bfloat16
@@ -67,6 +68,84 @@ def test_quantized_rows_of_every_size(fmt: Format) -> None:
     rows = torch.where(rows.isfinite(), rows, 1.0)
     assert same(ops.quantized([rows], [1.0], fmt is E5M2), reference(rows, fmt))
     assert same(ops.quantized([rows[:, 1:34]], [1.0], fmt is E5M2), reference(rows[:, 1:34], fmt))
+
+
+@needs_compiler
+def test_values_of_every_code() -> None:
+    codes = torch.arange(256).to(torch.uint8)
+    for given in (codes, codes[3:], codes.view(16, 16).t(), codes[:0]):
+        assert same_floats(ops.values(given), given.view(torch.float8_e4m3fn).float())
+
+
+def same_floats(a: Tensor, b: Tensor) -> bool:
+    """Signs of zeros included; but for which NaN it is."""
+    a, b = (torch.where(x.isnan(), 1e30, x).contiguous().view(torch.int32) for x in (a, b))
+    return torch.equal(a, b)
+
+
+@needs_compiler
+@pytest.mark.parametrize("chosen", [True, False])
+def test_rows_are_rounded_written_and_counted(chosen: bool) -> None:
+    torch.manual_seed(0)
+    values = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = (values[1:] + values[:-1]) / 2
+    around = [torch.nextafter(middles, middles.new_tensor(x)) for x in (0.0, torch.inf)]
+    hard = torch.cat([values, middles, *around, torch.tensor([464.0, 1e9, 1e-45, torch.inf])])
+    hard = torch.cat([hard, -hard, torch.tensor([torch.nan])])
+    spread = torch.ldexp(torch.randn(3 * len(hard)), torch.randint(-14, 10, (3 * len(hard),)))
+    target = torch.stack([hard, *spread.view(3, -1)])
+    rows = torch.tensor([5, 0, 3, 4]) if chosen else None
+    codes = torch.randint(0, 256, (6, len(hard)), dtype=torch.uint8)
+    codes = torch.where(codes % 128 == 127, codes - 1, codes)
+    codes[0, ::2] = encode(target, E4M3)[1, ::2]
+    untouched, wanted = codes.clone(), torch.randn_like(target) * 3
+    expected, old = codes.clone(), untouched[rows if chosen else slice(4)]
+    new = encode(target, E4M3)
+    expected[rows if chosen else slice(4)] = new
+    done = ops.write_rows(target, wanted, rows, codes)
+    assert torch.equal(codes, expected)
+    assert done[:2].tolist() == [int((new != old).sum()), int((new & 127 == 126).sum())]
+    assert done[2].isnan()
+    finite = [1, 2, 3]
+    some = torch.arange(3) if chosen else None
+    again = untouched.clone()
+    done = ops.write_rows(target[finite], wanted[finite], some, again)
+    landed = (decode(new[finite], E4M3) - decode(untouched[:3], E4M3)).double()
+    torch.testing.assert_close(done[2], (landed * wanted[finite]).sum(), rtol=1e-5, atol=0.1)
+    torch.testing.assert_close(done[3], wanted[finite].double().square().sum(), rtol=1e-6, atol=0)
+    assert ops.write_rows(target[:0], wanted[:0], None, again).tolist() == [0, 0, 0, 0]
+    with pytest.raises(AssertionError):
+        ops.write_rows(target[:1], wanted[:1], torch.tensor([6]), codes)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["codes at hand", "codes", "weights"])
+@pytest.mark.parametrize("every_row", [True, False])
+def test_a_row_update_is_that_of_plain_torch(
+    kind: str, every_row: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    out, n, rank, scale = 37, 70, 8, torch.tensor([16.0])
+    codes = encode(torch.randn(out + rank, n) * 16, E4M3)
+    rows = None if every_row else torch.tensor([30, 2, 17, 4])
+    proxy = torch.randn(out if rows is None else 4, rank) * 0.05
+    proxy[1], proxy[2, 3] = 0, torch.nan
+    values = encode(torch.randn(len(proxy), n) * 16, E4M3)
+    if kind == "weights":
+        values = torch.randn(len(proxy), n, dtype=BF16)  # type: ignore[assignment]
+    origin = None if kind == "codes at hand" else Origin(values, torch.randn_like(proxy) * 0.1)
+    results = []
+    for switch in ("on", "off"):
+        monkeypatch.setenv("FALQON_NATIVE", "auto" if switch == "on" else "off")
+        own = codes.clone()
+        counts, rest = row_update(own, scale, rows, proxy, origin=origin)
+        assert rest is None
+        results.append((own, counts))
+    (ours, counted), (plain, expected) = results
+    assert torch.equal(ours, plain) and not torch.equal(ours, codes)
+    for a, b in zip(counted, expected, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * float(expected.wanted))
 
 
 @needs_compiler

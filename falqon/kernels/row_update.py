@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from falqon.fp8 import E4M3, decode, encode, encode_stochastic, philox
 from falqon.kernels import devices, transposed
 from falqon.kernels.compensated import Compensation, encode_compensated
+from falqon.kernels.native import ops
 from falqon.kernels.operands import are_consecutive
 from falqon.recipe import Rounding
 
@@ -169,6 +170,9 @@ def row_update(
         keep &= size > 0
     if bool(keep.all()):
         wanted, target = _targets(codes, scale, rows, proxy, origin)
+        in_one = rounding == "nearest" and compensation is None and gram_inverse is None
+        if in_one and _is_native(codes):
+            return _write_natively(codes, scale, rows, wanted, target), None
         new = _round(codes, rows, target, rounding, counter, compensation, place)
         return _write(codes, scale, rows, wanted, target, new, gram_inverse)
     # Selecting rows and starting again costs less than masking whole matrices every time.
@@ -328,7 +332,26 @@ def _write(
     return counts, ((target - after) @ adapter.t()) @ gram_inverse
 
 
+def _is_native(codes: Tensor) -> bool:
+    """Whether the C++ takes these codes."""
+    plain = type(codes) in (Tensor, nn.Parameter) and codes.is_cpu and codes.dtype == torch.uint8
+    return plain and codes.is_contiguous() and ops.usable()
+
+
+def _write_natively(
+    codes: Tensor, scale: Tensor, rows: Tensor | None, wanted: Tensor, target: Tensor
+) -> RowUpdateCounts:
+    """Round to the nearest codes, write and count, in one pass; every row counts as written."""
+    done = ops.write_rows(target, wanted, rows, codes)
+    flipped, saturated = done[:2].long()
+    projection, squares = done[2:] / scale.double().square()
+    written, number = torch.tensor([len(wanted), wanted.numel()], device="cpu")
+    return RowUpdateCounts(written, number, flipped, saturated, projection, squares)
+
+
 def _values(codes: Tensor) -> Tensor:
+    if _is_native(codes):
+        return ops.values(codes)
     return decode(codes, E4M3) if codes.dtype == torch.uint8 else codes
 
 

@@ -240,6 +240,21 @@ static inline bf16 decoded(uint8_t code, float factor) {
     return bf16(to_bits(from_bits(bits | sign) * factor) >> 16);
 }
 
+// The value of an E4M3 code, and the code of an E4M3 value.
+static inline float value_of(uint8_t code) {
+    uint32_t size = code & 0x7Fu, sign = uint32_t(code & 0x80u) << 24;
+    uint32_t bits = size < 8u ? to_bits(float(int(size)) * 0.001953125f) : (size << 20) + (120u << 23);
+    bits = size == 0x7Fu ? 0x7FC00000u : bits;
+    return from_bits(bits | sign);
+}
+static inline uint8_t code_of(float value) {
+    uint32_t bits = to_bits(value), sign = bits >> 24 & 0x80u, size = bits & 0x7FFFFFFFu;
+    uint32_t code = (size >> 20) - (120u << 3);
+    code = size < 0x3C800000u ? uint32_t(int(from_bits(size) * 512.0f)) : code;  // below 2^-6
+    code = size > 0x7F800000u ? 0x7Fu : code;
+    return uint8_t(code | sign);
+}
+
 // A row of several tensors side by side, quantised with one scale for all of them. The values that
 // are rounded are those times their tensor's factor, a power of two, which is taken back afterwards.
 static inline void quantize_parts(i64 parts, const bf16* const* x, const i64* widths,
