@@ -71,22 +71,20 @@ def takes(
     if torch.nn.modules.module._has_any_global_hook() or not all(map(_is_untouched, modules)):
         return False
     kinds = {type(module) for module in modules[-3:]}
-    if kinds != {RmsNormQuantize, SwigluQuantize}:
+    if kinds != {RmsNormQuantize, SwigluQuantize} or not ops.sums_as_torch():
         return False
-    tokens = x.shape[:-1].numel()
+    sides = []
     for layers in groups:
-        if not run_together(layers) or not all(map(_is_untouched, layers)):
+        if not run_together(layers) or any("forward" in vars(layer) for layer in layers):
             return False
         own: Sequence[MeldedLinear] = layers  # type: ignore[assignment]
-        codes, rank = [layer.codes for layer in own], own[0].rank
-        if not (
-            is_as_made(own)
-            and melded.takes(own[0].recipe, codes, [x])
-            and amx.takes(codes, tokens, rank)
-            and all(map(_has_plain_parameters, own))
-        ):
+        if not (is_as_made(own) and melded.follows(own[0].recipe)):
             return False
-    return ops.sums_as_torch() and _fit(groups, x, norms, d)  # type: ignore[arg-type]
+        found = [_sides(layer, own[0].rank) for layer in own]
+        if None in found:
+            return False
+        sides.append(found)
+    return _fit(sides, x, norms, d)  # type: ignore[arg-type]
 
 
 def _is_untouched(module: nn.Module) -> bool:
@@ -94,39 +92,44 @@ def _is_untouched(module: nn.Module) -> bool:
     return not has_hooks(module) and "forward" not in vars(module)
 
 
-def _has_plain_parameters(layer: MeldedLinear) -> bool:
-    """B, scale and a bias that is frozen are as they were made."""
-    plain = all(
-        type(t) is nn.Parameter and t.is_cpu and t.dtype == torch.float32 and t.is_contiguous()
-        for t in (layer.B, layer.scale)
-    )
-    bias = layer.bias
-    if bias is None:
-        return plain
-    frozen = ops.usable(bias) and bias.is_contiguous() and not bias.requires_grad
-    return plain and frozen and bias.shape == (layer.out_features,)
+def _sides(layer: MeldedLinear, rank: int) -> tuple[int, int] | None:
+    """Input and output features of a layer whose parameters are as they were made, else None."""
+    codes, scale, proxy, bias = map(layer._parameters.get, ("codes", "scale", "B", "bias"))
+    for t in (codes, scale, proxy):
+        if type(t) is not nn.Parameter or not (t.is_cpu and t.is_contiguous()):
+            return None
+    assert codes is not None and scale is not None and proxy is not None
+    rows, columns = codes.shape
+    if scale.dtype != torch.float32 or proxy.dtype != torch.float32:
+        return None
+    if proxy.shape != (rows - rank, rank):
+        return None
+    if bias is not None:
+        frozen = ops.usable(bias) and bias.is_contiguous() and not bias.requires_grad
+        if not frozen or bias.shape != (rows - rank,):
+            return None
+    return columns, rows - rank
 
 
 def _fit(
-    groups: Sequence[Sequence[MeldedLinear]], x: Tensor, norms: Sequence[Tensor], d: int
+    sides: Sequence[Sequence[tuple[int, int]]], x: Tensor, norms: Sequence[Tensor], d: int
 ) -> bool:
-    """Whether each part takes what the one before gives; the modules say so if it does not."""
-    if [len(layers) for layers in groups] != [3, 1, 2, 1]:
+    """Whether AMX takes these sizes, and each part what the one before gives.
+
+    The modules say so where it does not.
+    """
+    if [len(layers) for layers in sides] != [3, 1, 2, 1]:
         return False
-    (q, k, v), (output,), (gate, up), (down,) = (
-        [(layer.codes.shape[1], layer.codes.shape[0] - layer.rank) for layer in layers]
-        for layers in groups
-    )
-    layers = [layer for some in groups for layer in some]
+    (q, k, v), (output,), (gate, up), (down,) = sides
     n = x.shape[-1]
     return (
-        q[0] == k[0] == v[0] == output[1] == gate[0] == up[0] == down[1] == n
+        amx.fits(x.shape[:-1].numel(), [side for some in sides for both in some for side in both])
+        and q[0] == k[0] == v[0] == output[1] == gate[0] == up[0] == down[1] == n
         and q[1] == output[0]
         and k[1] == v[1]
         and gate[1] == up[1] == down[0]
         and q[1] % d == k[1] % d == 0
         and all(norm.shape == (n,) and norm.is_contiguous() for norm in norms)
-        and all(layer.B.shape == (len(layer.codes) - layer.rank, layer.rank) for layer in layers)
     )
 
 

@@ -36,15 +36,11 @@ def has_hooks(module: nn.Module, besides_fsdp: bool = False) -> bool:
         module: to look at.
         besides_fsdp: leave out FSDP2's hooks, which gather the weights and look at nothing.
     """
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    if not any(hooks):  # nearly always, and asked for thousands of times a step
-        return False
-    every = chain.from_iterable(found.values() for found in hooks)
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    back_before, back = module._backward_pre_hooks, module._backward_hooks
+    if not (before or after or back_before or back):  # nearly always, and asked for thousands of
+        return False  # times a step
+    every = chain.from_iterable(found.values() for found in (before, after, back_before, back))
     return any(not (besides_fsdp and _is_of_fsdp(hook)) for hook in every)
 
 
@@ -152,23 +148,30 @@ class _MeldedFunction(torch.autograd.Function):
         return None, None, None, *grad_inputs, *nothing, *grad_proxies, *grad_biases
 
 
+# Below, modules are looked up where they are kept: it is asked for hundreds of times a step.
+
+
 def is_as_made(layers: Sequence[MeldedLinear]) -> bool:
     """Whether nobody replaced or watches a step that layers with one input are made of."""
     first = layers[0]
-    kinds = {type(first.quantize_input), type(first.quantize_gradient)}
-    own = kinds <= {Quantize, PassThrough} and _has_own_steps(first, first.quantize_input)
+    quantize, of_gradient = map(first._modules.get, ("quantize_input", "quantize_gradient"))
+    kinds = {type(quantize), type(of_gradient)}
+    own = kinds <= {Quantize, PassThrough} and _has_own_steps(first, quantize)  # type: ignore[arg-type]
     return own and all(map(_has_own_proxy_grad, layers))
 
 
 def _has_own_steps(first: MeldedLinear, quantize: nn.Module) -> bool:
     # Whoever replaced a step (tensor parallelism) or looks at one wants it to be called.
-    own = type(first.melded_matmul), type(first.backbone_matmul)
-    steps = (quantize, first.quantize_gradient, first.melded_matmul, first.backbone_matmul)
-    return own == (MeldedMatmul, BackboneMatmul) and not any(map(has_hooks, steps))
+    names = ("quantize_gradient", "melded_matmul", "backbone_matmul")
+    of_gradient, melded_matmul, backbone_matmul = map(first._modules.__getitem__, names)
+    own = type(melded_matmul) is MeldedMatmul and type(backbone_matmul) is BackboneMatmul
+    steps = (quantize, of_gradient, melded_matmul, backbone_matmul)
+    return own and not any(map(has_hooks, steps))  # type: ignore[arg-type]
 
 
 def _has_own_proxy_grad(layer: MeldedLinear) -> bool:
-    return type(layer.proxy_grad) is ProxyGrad and not has_hooks(layer.proxy_grad)
+    step = layer._modules["proxy_grad"]
+    return type(step) is ProxyGrad and not has_hooks(step)
 
 
 def _as_rows(x: Tensor) -> Tensor:

@@ -49,9 +49,13 @@ def takes(codes: Sequence[Tensor], tokens: int, rank: int) -> bool:
         tokens: T.
         rank: r.
     """
-    if tokens < _PANEL or codes[0].shape[1] % _PANEL or not present():
-        return False
-    return not any((c.shape[0] - rank) % _PANEL for c in codes)
+    sides = [codes[0].shape[1], *(c.shape[0] - rank for c in codes)]
+    return fits(tokens, sides) and present()
+
+
+def fits(tokens: int, sides: Sequence[int]) -> bool:
+    """Whether matrices with these sides, and so many tokens, are whole panels."""
+    return tokens >= _PANEL and not any(side % _PANEL for side in sides)
 
 
 def forward(

@@ -22,14 +22,17 @@ from falqon.recipe import Fp8Recipe
 
 def takes(recipe: Fp8Recipe, codes: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
     """Whether this path computes layers of a recipe with these codes and inputs."""
+    plain = all(type(c) is torch.nn.Parameter and c.is_contiguous() for c in codes)
+    return plain and follows(recipe) and ops.usable(*inputs)
+
+
+def follows(recipe: Fp8Recipe) -> bool:
+    """Whether this path rounds as a recipe says."""
     by_token = recipe.activations == recipe.gradients == "per_token"
     rounded = by_token and recipe.scaling == "dynamic" and recipe.scale_rounding == "power_of_two"
     return (
-        (recipe.emulate == "weights" or (recipe.emulate == "fp8" and rounded))
-        and recipe.weight_scale_rounding == "power_of_two"
-        and all(type(c) is torch.nn.Parameter and c.is_contiguous() for c in codes)
-        and ops.usable(*inputs)
-    )
+        recipe.emulate == "weights" or (recipe.emulate == "fp8" and rounded)
+    ) and recipe.weight_scale_rounding == "power_of_two"
 
 
 def forward(
