@@ -186,9 +186,11 @@ def test_decode_of_a_group_puts_adapters_behind_all_backbones() -> None:
 
 
 @needs_compiler
-def test_swiglu_for_every_gate() -> None:
+@pytest.mark.parametrize("width", [31, 255, 256])
+def test_swiglu_for_every_gate(width: int) -> None:
     gate = all_values()
-    gate = gate[gate.isfinite()].view(-1, 255)
+    gate = gate[gate.isfinite()]
+    gate = gate[: len(gate) // width * width].view(-1, width)
     up = torch.randn(gate.shape).to(BF16)
     grad = torch.randn(gate.shape).to(BF16)
     silu = functional.silu(gate)

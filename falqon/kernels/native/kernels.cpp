@@ -97,12 +97,28 @@ void falqon_rms_norm_grad(const bf16* grad, const bf16* x, const bf16* weight,
 #pragma omp simd reduction(+ : sum)
         for (i64 i = 0; i < n; i++) sum += widen(g[i]) * widen(weight[i]) * widen(from[i]);
         float along = sum / float(n) * (inverse * inverse);
+        i64 i = 0;
+#ifdef __AVX512BW__
+        const __m512 by = _mm512_set1_ps(along), over = _mm512_set1_ps(inverse);
+        const auto gradient = [&](__m512 g, __m512 w, __m512 x) {
+            return _mm512_mul_ps(_mm512_sub_ps(_mm512_mul_ps(g, w), _mm512_mul_ps(x, by)), over);
+        };
+        for (; i + 32 <= n; i += 32) {
+            const Halves of(g + i), w(weight + i), x(from + i);
+            Halves out(gradient(of.even, w.even, x.even), gradient(of.odd, w.odd, x.odd));
+            if (onto) {
+                const Halves there(more + i);
+                out.even = _mm512_add_ps(rounded_wide(out.even), there.even);
+                out.odd = _mm512_add_ps(rounded_wide(out.odd), there.odd);
+            }
+            out.put(to + i);
+        }
+#endif
 #pragma omp simd
-        for (i64 i = 0; i < n; i++)
-            to[i] = narrow((widen(g[i]) * widen(weight[i]) - widen(from[i]) * along) * inverse);
-        if (!onto) continue;
-#pragma omp simd
-        for (i64 i = 0; i < n; i++) to[i] = narrow(widen(to[i]) + widen(more[i]));
+        for (i64 k = i; k < n; k++) {
+            to[k] = narrow((widen(g[k]) * widen(weight[k]) - widen(from[k]) * along) * inverse);
+            if (onto) to[k] = narrow(widen(to[k]) + widen(more[k]));
+        }
     }
 }
 

@@ -53,20 +53,36 @@ static inline __m512 widened(const bf16* x) {
     return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
 
-static inline __m256i rounded(__m512 x) {
+// The 16 upper bits of each are those of narrow().
+static inline __m512i rounding(__m512 x) {
     __m512i bits = _mm512_castps_si512(x), half = _mm512_set1_epi32(0x7FFF);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, half));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+    return _mm512_add_epi32(bits, _mm512_add_epi32(odd, half));
+}
+static inline __m256i rounded(__m512 x) {
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounding(x), 16));
 }
 
-// The same, still as float32.
-static inline __m512 rounded_wide(__m512 x) {
-    __m512i bits = _mm512_castps_si512(x), half = _mm512_set1_epi32(0x7FFF);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, half));
-    return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(int(0xFFFF0000u))));
+static inline __m512 upper(__m512i x) {
+    return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xFFFF0000u))));
 }
+// The same, still as float32.
+static inline __m512 rounded_wide(__m512 x) { return upper(rounding(x)); }
+
+// 32 values at a time, those with even numbers in one register and the others in another: widened, and
+// narrowed again.
+struct Halves {
+    __m512 even, odd;
+    Halves(__m512 even, __m512 odd) : even(even), odd(odd) {}
+    explicit Halves(const bf16* x) {
+        const __m512i bits = _mm512_loadu_si512(x);
+        even = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), odd = upper(bits);
+    }
+    void put(bf16* to) const {
+        const __m512i low = _mm512_srli_epi32(rounding(even), 16);
+        _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xAAAAAAAAu, low, rounding(odd)));
+    }
+};
 
 static inline void put_rounded(__m512 x, bf16* to) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded(x));
