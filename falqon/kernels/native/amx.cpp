@@ -11,6 +11,8 @@
 
 static const i64 TOGETHER = 6;  // panels of gradients that are read at a time, at most
 
+static i64 parts_of(i64 all, i64 at_a_time) { return (all + at_a_time - 1) / at_a_time; }
+
 extern "C" {
 
 // Ask the system to let this process use the matrix unit; whether it does.
@@ -24,7 +26,7 @@ i64 falqon_amx_matmul_work(i64 layers, const i64* outs, i64 in, i64 rank, i64 to
                            i64 team) {
     const i64 wide = filled(rank), thin = layers * wide, out = sum_of(outs, layers);
     return (out + thin) * in + (pending ? out * wide : 0) +
-           team * rows_together(in, tokens) * (in + PANEL + thin);
+           Sections::rows(tokens, in, team) * (in + PANEL + thin);
 }
 }
 
@@ -37,7 +39,8 @@ void multiply(i64 layers, const Left& x, i64 tokens, i64 in, const uint8_t* cons
               bf16* work) {
     const i64 wide = filled(rank), thin = layers * wide, out = sum_of(outs, layers);
     bf16 *of_weights = work, *of_adapters = of_weights + out * in;
-    bf16 *of_proxies = of_adapters + thin * in, *of_threads = of_proxies + (proxies ? out * wide : 0);
+    bf16 *of_proxies = of_adapters + thin * in, *of_rows = of_proxies + (proxies ? out * wide : 0);
+    std::unique_ptr<Turn[]> turns;
 #pragma omp parallel num_threads(int(team))
     {
         const i64 id = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -56,41 +59,56 @@ void multiply(i64 layers, const Left& x, i64 tokens, i64 in, const uint8_t* cons
             for (i64 n = 0; n < outs[l]; n += PANEL, proxy += wide * PANEL)
                 if (turn++ % threads == id) pack_rows(pending, n, wide, proxy);
         }
-#pragma omp barrier
+        const Sections rows(tokens, in, threads);
+        const i64 together = panels_at_a_time(in);
+        const i64 thin_rounds = parts_of(thin / PANEL, together);
+        i64 wide_rounds = 0;
+        for (i64 l = 0; l < layers; l++) wide_rounds += parts_of(outs[l] / PANEL, together);
+#pragma omp single
+        turns.reset(new Turn[rows.count * (thin_rounds + wide_rounds) * threads]);
         Tiles tiles;
         Writer writer;
-        const Share share(tokens, id, threads);
         // Rows are a panel further apart than long: evenly apart, they would meet in the cache.
-        const i64 at_a_time = rows_together(in, tokens), apart = in + PANEL;
-        bf16 *made = of_threads + id * at_a_time * (apart + thin), *inner = made + at_a_time * apart;
-        for (i64 m0 = share.m0, m1; m0 < share.m1; m0 = m1) {
-            m1 = share.m1 - m0 < at_a_time ? share.m1 : m0 + at_a_time - PANEL;
-            for (i64 t = m0; x.make && t < m1; t++)
-                x.make(x.source, t, share.part == 0, made + (t - m0) * apart);
+        const i64 apart = in + PANEL;
+        bf16 *made = of_rows, *inner = made + Sections::rows(tokens, in, threads) * apart;
+        Turn* next = turns.get();
+        for (i64 s = 0; s < rows.count; s++) {
+            const i64 m0 = rows.row(s), m1 = rows.row(s + 1);
             const bf16* left = x.make ? made : x.rows + m0 * in;
             const i64 stride = x.make ? apart : in;
+            if (x.make) {
+#pragma omp for schedule(static)
+                for (i64 t = m0; t < m1; t++) x.make(x.source, t, made + (t - m0) * apart);
+            }
             const Product first = {left, stride, of_adapters, in};
-            for_blocks(first, 0, m1 - m0, 0, thin / PANEL, [&](i64 m, i64 p) {
-                writer.block(first, m, p, inner + m * thin + p * PANEL, thin);
+            rows.share_out(s, thin_rounds, next, id, threads, [&](i64 round, i64 m) {
+                const i64 end = least((round + 1) * together, thin / PANEL);
+                for (i64 p = round * together; p < end; p++)
+                    writer.block(first, m, p, inner + m * thin + p * PANEL, thin);
             });
             writer.finish();
-            for (i64 m = m0; share.part == 0 && m < m1; m++)
-                for (i64 l = 0; l < layers; l++)
-                    std::memcpy(adapters + (m * layers + l) * rank, inner + (m - m0) * thin + l * wide,
-                                size_t(rank) * 2);
-            weight = of_weights, proxy = of_proxies;
-            for (i64 l = 0; l < layers; l++) {
-                const Product backbone = {left, stride, weight, in};
-                const Product pending = {inner + l * wide, thin, proxy, wide};
-                const i64 panels = outs[l] / PANEL;
-                for_blocks(backbone, 0, m1 - m0, share.from(panels), share.to(panels),
-                           [&](i64 m, i64 p) {
+            next += thin_rounds * threads;
+#pragma omp barrier
+            rows.share_out(s, wide_rounds, next, id, threads, [&](i64 round, i64 m) {
+                i64 l = 0, row = 0;  // of the weights that it is about
+                for (i64 of; round >= (of = parts_of(outs[l] / PANEL, together)); round -= of)
+                    row += outs[l++];
+                const Product backbone = {left, stride, of_weights + row * in, in};
+                const Product pending = {inner + l * wide, thin, of_proxies + row * wide, wide};
+                const i64 end = least((round + 1) * together, outs[l] / PANEL);
+                for (i64 p = round * together; p < end; p++) {
                     const i64 at = (m0 + m) * outs[l] + p * PANEL;
                     writer.block(backbone, m, p, results[l] + at, outs[l],
                                  proxies ? &pending : nullptr, onto ? onto + at : nullptr);
-                });
-                weight += outs[l] * in, proxy += outs[l] * wide;
-            }
+                }
+            });
+            next += wide_rounds * threads;
+            writer.finish();
+#pragma omp for schedule(static)
+            for (i64 m = m0; m < m1; m++)
+                for (i64 l = 0; l < layers; l++)
+                    std::memcpy(adapters + (m * layers + l) * rank, inner + (m - m0) * thin + l * wide,
+                                size_t(rank) * 2);
         }
     }
 }
@@ -106,17 +124,12 @@ void falqon_amx_matmul(i64 layers, const bf16* x, i64 tokens, i64 in, const uint
              factors, nullptr, results, adapters, team, work);
 }
 
-// Values that a thread of falqon_amx_matmul_grad needs for itself.
-static i64 own_of_gradients(i64 out, i64 thin, i64 tokens) {
-    return most(rows_together(out, tokens) * (out + PANEL + thin),
-                filled(tokens) * TOGETHER * PANEL);
-}
-
 // How many 16-bit values the `work` of falqon_amx_matmul_grad has to have room for.
 i64 falqon_amx_matmul_grad_work(i64 layers, const i64* outs, i64 in, i64 rank, i64 tokens, i64 team) {
     const i64 wide = filled(rank), thin = layers * wide, out = sum_of(outs, layers);
     return (out + thin) * in + out * wide + thin * filled(tokens) +
-           team * own_of_gradients(out, thin, tokens);
+           most(Sections::rows(tokens, out, team) * (out + PANEL + thin),
+                team * filled(tokens) * TOGETHER * PANEL);
 }
 
 // The same with gradients that there are.
@@ -141,17 +154,14 @@ void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, con
     const i64 wide = filled(rank), thin = layers * wide, out = sum_of(outs, layers);
     const i64 whole = filled(tokens);
     bf16 *of_weights = work, *of_adapters = of_weights + out * in;
-    const i64 at_a_time = rows_together(out, tokens);
     bf16 *of_proxies = of_adapters + thin * in, *columns = of_proxies + out * wide;
-    bf16* of_threads = columns + thin * whole;
+    bf16* rest = columns + thin * whole;  // for rows, then for panels of threads
+    std::unique_ptr<Turn[]> turns;
 #pragma omp parallel num_threads(int(team))
     {
         const i64 id = omp_get_thread_num(), threads = omp_get_num_threads();
-        const Share share(tokens, id, threads);
         i64 turn = 0;
-        // A row is made when it is needed first, unless several threads need it.
-        const bool at_once = made.make && (!grad_input || share.parts > 1);
-        if (at_once) {
+        if (made.make && !grad_input) {  // else a row is made when it is needed first
 #pragma omp for schedule(static)
             for (i64 t = 0; t < tokens; t++) made.make(made.source, t);
         }
@@ -180,74 +190,89 @@ void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, con
                 if (turn++ % threads == id)
                     transpose_columns(adapter, c, whole, columns + (l * wide + c) * whole);
         }
-#pragma omp barrier
+        const Sections rows(tokens, out, threads);
+        const i64 panels_of_input = in / PANEL, at_a_time = panels_at_a_time(out);
+        const i64 wide_rounds = parts_of(panels_of_input, at_a_time);
+        // Columns of gradients whose sums over all tokens are a thread's work.
+        i64 wanted = 0, pieces = 0;
+        for (i64 l = 0; l < layers; l++) wanted += grad_proxies[l] ? outs[l] / PANEL : 0;
+        const i64 together =
+            most(1, least(least(TOGETHER, wanted / (3 * threads)), RIGHT / (whole * PANEL * 2)));
+        const auto pieces_of = [&](i64 l) {
+            return grad_proxies[l] ? parts_of(outs[l] / PANEL, together) : 0;
+        };
+        for (i64 l = 0; l < layers; l++) pieces += pieces_of(l);
+#pragma omp single
+        turns.reset(new Turn[(rows.count * (layers + wide_rounds) + 1) * threads]);
         Tiles tiles;
         Writer writer;
         float units[layers];  // as compilers for Linux allow
         for (i64 l = 0; l < layers; l++) units[l] = *scales[0] / *scales[l];
         // Rows of `left` are a panel further apart than long: evenly apart, they would meet in the cache.
         const i64 apart = out + PANEL;
-        bf16* left = of_threads + id * own_of_gradients(out, thin, tokens);
-        bf16* inner = left + at_a_time * apart;
-        for (i64 m0 = share.m0, m1; grad_input && m0 < share.m1; m0 = m1) {
-            m1 = share.m1 - m0 < at_a_time ? share.m1 : m0 + at_a_time - PANEL;
+        bf16 *left = rest, *inner = left + Sections::rows(tokens, out, threads) * apart;
+        Turn* next = turns.get();
+        for (i64 s = 0; grad_input && s < rows.count; s++) {
+            const i64 m0 = rows.row(s), m1 = rows.row(s + 1);
+#pragma omp for schedule(static)
             for (i64 t = m0; t < m1; t++) {
                 bf16* to = left + (t - m0) * apart;
-                if (made.make && !at_once) made.make(made.source, t);
+                if (made.make) made.make(made.source, t);
                 if (rounded) quantize_parts(layers, grads, outs, strides, units, t, E5M2, to);
                 else for (i64 l = 0; l < layers; to += outs[l], l++)
                     std::memcpy(to, grads[l] + t * strides[l], size_t(outs[l]) * 2);
             }
-            for (i64 l = 0, row = 0; proxies && l < layers; row += outs[l], l++) {
-                const bf16* grad = grads[l] + m0 * strides[l];
-                const Product of = {grad, strides[l], of_proxies + row * wide, outs[l]};
-                for_blocks(of, 0, m1 - m0, 0, wide / PANEL, [&](i64 m, i64 p) {
-                    writer.block(of, m, p, inner + m * thin + l * wide + p * PANEL, thin);
+            if (proxies) {
+                rows.share_out(s, layers, next, id, threads, [&](i64 l, i64 m) {
+                    const bf16* panels = of_proxies + sum_of(outs, l) * wide;
+                    const Product of = {grads[l] + m0 * strides[l], strides[l], panels, outs[l]};
+                    for (i64 p = 0; p < wide / PANEL; p++)
+                        writer.block(of, m, p, inner + m * thin + l * wide + p * PANEL, thin);
                 });
+                writer.finish();
+                next += layers * threads;
+#pragma omp barrier
             }
-            writer.finish();
             const Product backbone = {left, apart, of_weights, out}, pending = {inner, thin, of_adapters, thin};
-            const i64 panels = in / PANEL;
-            for_blocks(backbone, 0, m1 - m0, share.from(panels), share.to(panels), [&](i64 m, i64 p) {
-                bf16* to = grad_input + (m0 + m) * in + p * PANEL;
-                writer.block(backbone, m, p, to, in, proxies ? &pending : nullptr);
+            rows.share_out(s, wide_rounds, next, id, threads, [&](i64 round, i64 m) {
+                const i64 end = least((round + 1) * at_a_time, panels_of_input);
+                for (i64 p = round * at_a_time; p < end; p++)
+                    writer.block(backbone, m, p, grad_input + (m0 + m) * in + p * PANEL, in,
+                                 proxies ? &pending : nullptr);
             });
-        }
-        writer.finish();
-        if (made.make) {
+            next += wide_rounds * threads;
+            writer.finish();
 #pragma omp barrier
         }
-        bf16* panels = left;
+        bf16* panels = rest + id * whole * TOGETHER * PANEL;
         alignas(64) float sums[PANEL * PANEL];
-        const i64 together = most(1, least(TOGETHER, RIGHT / (whole * PANEL * 2)));
-        for (i64 l = 0; l < layers; l++) {
-            if (!grad_proxies[l]) continue;
+        share_out(1, pieces, next, id, threads, [&](i64, i64 piece) {
+            i64 l = 0;
+            for (i64 of; piece >= (of = pieces_of(l)); l++) piece -= of;
             const Plain grad = {grads[l], strides[l], tokens, outs[l]};
-            const i64 all = outs[l] / PANEL, end = all * (id + 1) / threads * PANEL;
-            for (i64 begin = all * id / threads * PANEL; begin < end; begin += together * PANEL) {
-                const i64 count = least(together, (end - begin) / PANEL);
-                pack_columns(grad, begin, whole, panels, count);
-                const Product of = {columns + l * wide * whole, whole, panels, whole};
-                for (i64 p = 0; p < count; p++) for (i64 r = 0; r < wide; r += PANEL) {
-                    const i64 n = begin + p * PANEL;
-                    block(of, r, p, sums);
-                    for (i64 quarter = 0; quarter < 4; quarter++) {
-                        i64 down = quarter / 2 * 16, across = quarter % 2 * 16;
-                        i64 there = most(0, least(16, rank - r - down));
-                        __m512i t[16];
-                        for (i64 i = 0; i < 16; i++)
-                            t[i] = _mm512_load_si512(sums + (down + i) * PANEL + across);
-                        transpose(t);
-                        for (i64 i = 0; i < 16; i++) {
-                            __m512 value = widened(narrowed(_mm512_castsi512_ps(t[i])));
-                            float* to = grad_proxies[l] + (n + across + i) * rank + r + down;
-                            _mm512_mask_storeu_ps(to, __mmask16((1u << there) - 1u),
-                                                  _mm512_mul_ps(value, _mm512_set1_ps(factors[l])));
-                        }
+            const i64 begin = piece * together * PANEL;
+            const i64 count = least(together, (outs[l] - begin) / PANEL);
+            pack_columns(grad, begin, whole, panels, count);
+            const Product of = {columns + l * wide * whole, whole, panels, whole};
+            for (i64 p = 0; p < count; p++) for (i64 r = 0; r < wide; r += PANEL) {
+                const i64 n = begin + p * PANEL;
+                block(of, r, p, sums);
+                for (i64 quarter = 0; quarter < 4; quarter++) {
+                    i64 down = quarter / 2 * 16, across = quarter % 2 * 16;
+                    i64 there = most(0, least(16, rank - r - down));
+                    __m512i t[16];
+                    for (i64 i = 0; i < 16; i++)
+                        t[i] = _mm512_load_si512(sums + (down + i) * PANEL + across);
+                    transpose(t);
+                    for (i64 i = 0; i < 16; i++) {
+                        __m512 value = widened(narrowed(_mm512_castsi512_ps(t[i])));
+                        float* to = grad_proxies[l] + (n + across + i) * rank + r + down;
+                        _mm512_mask_storeu_ps(to, __mmask16((1u << there) - 1u),
+                                              _mm512_mul_ps(value, _mm512_set1_ps(factors[l])));
                     }
                 }
             }
-        }
+        });
     }
 }
 

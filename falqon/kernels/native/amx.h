@@ -12,6 +12,9 @@
     defined(__AVX512BF16__) && defined(__linux__)
 #define FALQON_HAS_AMX
 
+#include <atomic>
+#include <memory>
+
 #include <immintrin.h>
 #include <omp.h>
 #include <sys/syscall.h>
@@ -96,38 +99,53 @@ static inline void add_to(const Product& of, i64 row, i64 panel, float* sums, i6
     _tile_stored(3, sums + 16 * stride + 16, stride * 4);
 }
 
-// How many rows of a left factor are multiplied at a time.
+// How many rows of a left factor a thread has in its cache, and how many panels besides.
 static inline i64 rows_at_a_time(i64 k) { return most(PANEL, LEFT / (k * 2) / PANEL * PANEL); }
+static inline i64 panels_at_a_time(i64 k) { return most(1, RIGHT / (k * 2 * PANEL)); }
 
-// Rows of a factor that a thread has at a time, with room for those that it shares with the rows before.
-static inline i64 rows_together(i64 k, i64 tokens) {
-    return least(rows_at_a_time(k), filled(tokens)) + PANEL;
+// What is taken of a thread's share of a round.
+struct Turn { std::atomic<i64> taken{0}, by_others{0}; };
+
+// Call `run(round, i)` for `count` pieces of work a round, each in one of the threads. These have a
+// share of their own of each; one that is done with its shares takes the last pieces of others', for
+// cores are not equally fast all the time. `turns`: of rounds and threads, unused.
+template <class Run>
+static inline void share_out(i64 rounds, i64 count, Turn* turns, i64 id, i64 threads, Run run) {
+    const auto take = [&](i64 whose, i64 round) {
+        const i64 first = count * whose / threads, size = count * (whose + 1) / threads - first;
+        Turn& of = turns[round * threads + whose];
+        for (i64 own = 0; of.taken < size && of.taken++ < size;)
+            run(round, first + (whose == id ? own++ : size - 1 - of.by_others++));
+    };
+    for (i64 round = 0; round < rounds; round++) take(id, round);
+    for (i64 k = 1; k < threads; k++)
+        for (i64 round = rounds - 1; round >= 0; round--) take((id + k) % threads, round);
 }
 
-// Call `end(row, panel)` for all blocks of rows [m0, m1) and panels [p0, p1), in an order in which
-// what they need of a product stays in the cache. The last block of rows is the last 32 rows.
-template <class End>
-static inline void for_blocks(const Product& of, i64 m0, i64 m1, i64 p0, i64 p1, End end) {
-    i64 rows = rows_at_a_time(of.k);
-    i64 panels = most(1, RIGHT / (of.k * 2 * PANEL));
-    for (i64 mb = m0; mb < m1; mb += rows)
-        for (i64 pb = p0; pb < p1; pb += panels)
-            for (i64 m = mb; m < least(mb + rows, m1); m += PANEL)
-                for (i64 p = pb; p < least(pb + panels, p1); p++) end(least(m, m1 - PANEL), p);
-}
-
-// What a thread multiplies: a part of the rows, and of the columns where threads are many.
-struct Share {
-    i64 m0, m1, part, parts;
-    Share(i64 tokens, i64 id, i64 threads) {
-        i64 blocks = tokens / PANEL, across = least(threads, blocks), at = id % across;
-        parts = threads / across, part = id / across;
-        m0 = blocks * at / across * PANEL;
-        m1 = at + 1 == across ? tokens : blocks * (at + 1) / across * PANEL;
-        if (part >= parts) m1 = m0;
+// Rows of a left factor in blocks of 32, so many sections of them one after the other that the threads
+// have a section's in their caches. The last block has what is left over as well.
+struct Sections {
+    i64 tokens, blocks, count;
+    Sections(i64 tokens, i64 k, i64 threads) : tokens(tokens), blocks(tokens / PANEL) {
+        const i64 at_once = threads * rows_at_a_time(k) / PANEL;
+        count = (blocks + at_once - 1) / at_once;
     }
-    i64 from(i64 panels) const { return panels * part / parts; }
-    i64 to(i64 panels) const { return panels * (part + 1) / parts; }
+    i64 block(i64 section) const { return blocks * section / count; }
+    i64 row(i64 section) const { return section == count ? tokens : block(section) * PANEL; }
+    // Rows of the longest one, whatever its number of threads.
+    static i64 rows(i64 tokens, i64 k, i64 threads) {
+        return least(threads * rows_at_a_time(k) + PANEL, filled(tokens));
+    }
+    // Call `run(round, m)` for a section's blocks of 32 rows from its row m on, as share_out does.
+    template <class Run>
+    void share_out(i64 section, i64 rounds, Turn* turns, i64 id, i64 threads, Run run) const {
+        const i64 begin = block(section), end = block(section + 1);
+        ::share_out(rounds, end - begin, turns, id, threads, [&](i64 round, i64 i) {
+            run(round, i * PANEL);
+            if (begin + i + 1 == blocks && tokens % PANEL)
+                run(round, tokens - PANEL - begin * PANEL);
+        });
+    }
 };
 
 // bfloat16 values of float32 ones: `narrow`, but that numbers below 2^-126 become zero, as they do in

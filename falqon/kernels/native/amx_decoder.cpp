@@ -147,10 +147,10 @@ struct Normed {
     float eps;
     float* inverse_rms;
     i64 n, quantised;
-    static void make(const void* source, i64 t, bool first, bf16* to) {
+    static void make(const void* source, i64 t, bf16* to) {
         const Normed& of = *static_cast<const Normed*>(source);
         const float inverse = inverse_rms_of(of.x + t * of.n, of.n, of.eps);
-        if (first) of.inverse_rms[t] = inverse;
+        of.inverse_rms[t] = inverse;
         norm_row(of.x + t * of.n, of.weight, inverse, of.n, of.quantised, to);
     }
 };
@@ -158,7 +158,7 @@ struct Normed {
 struct Quantised {
     const bf16* x;
     i64 n;
-    static void make(const void* source, i64 t, bool, bf16* to) {
+    static void make(const void* source, i64 t, bf16* to) {
         const Quantised& of = *static_cast<const Quantised*>(source);
         const bf16* row = of.x + t * of.n;
         round_row(row, of.n, scale_of(largest_of(row, of.n), E4M3.max), 1.0f, E4M3, to);
@@ -168,7 +168,7 @@ struct Quantised {
 struct Gated {
     const bf16 *gate, *up;
     i64 n, quantised;
-    static void make(const void* source, i64 t, bool, bf16* to) {
+    static void make(const void* source, i64 t, bf16* to) {
         const Gated& of = *static_cast<const Gated*>(source);
         swiglu_row(of.gate + t * of.n, of.up + t * of.n, of.n, of.quantised, to);
     }

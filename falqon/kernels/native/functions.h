@@ -32,11 +32,11 @@ void falqon_amx_attention_grad(const bf16* grad, i64 grad_stride, const bf16* ke
                                i64 team, bf16* work);
 }
 
-// Rows of a left factor: those that there are, one behind the other, or `make(source, t, first, to)`
-// makes row t. `first`: of several threads that need the row, it is called so by one.
+// Rows of a left factor: those that there are, one behind the other, or `make(source, t, to)` makes
+// row t, once.
 struct Left {
     const bf16* rows;
-    void (*make)(const void* source, i64 t, bool first, bf16* to);
+    void (*make)(const void* source, i64 t, bf16* to);
     const void* source;
 };
 
