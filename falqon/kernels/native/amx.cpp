@@ -41,23 +41,24 @@ void multiply(i64 layers, const Left& x, i64 tokens, i64 in, const uint8_t* cons
     bf16 *of_weights = work, *of_adapters = of_weights + out * in;
     bf16 *of_proxies = of_adapters + thin * in, *of_rows = of_proxies + (proxies ? out * wide : 0);
     std::unique_ptr<Turn[]> turns;
+    std::atomic<i64> panels_packed{0};
 #pragma omp parallel num_threads(int(team))
     {
         const i64 id = omp_get_thread_num(), threads = omp_get_num_threads();
-        i64 turn = 0;
+        Ticket ticket(panels_packed);
         bf16 *weight = of_weights, *proxy = of_proxies;
         for (i64 l = 0; l < layers; l++) {
             Codes backbone(codes[l], outs[l], in, *scales[l]);
             Codes adapter(codes[l] + outs[l] * in, rank, in, *scales[l]);
             for (i64 n = 0; n < outs[l]; n += PANEL, weight += in * PANEL)
-                if (turn++ % threads == id) pack_rows(backbone, n, in, weight);
+                if (ticket.is_next()) pack_rows(backbone, n, in, weight);
             for (i64 n = 0; n < wide; n += PANEL)
-                if (turn++ % threads == id)
+                if (ticket.is_next())
                     pack_rows(adapter, n, in, of_adapters + (l * wide + n) * in);
             if (!proxies) continue;
             Proxy pending = {proxies[l], rank, factors[l]};
             for (i64 n = 0; n < outs[l]; n += PANEL, proxy += wide * PANEL)
-                if (turn++ % threads == id) pack_rows(pending, n, wide, proxy);
+                if (ticket.is_next()) pack_rows(pending, n, wide, proxy);
         }
         const Sections rows(tokens, in, threads);
         const i64 together = panels_at_a_time(in);
@@ -65,7 +66,7 @@ void multiply(i64 layers, const Left& x, i64 tokens, i64 in, const uint8_t* cons
         i64 wide_rounds = 0;
         for (i64 l = 0; l < layers; l++) wide_rounds += parts_of(outs[l] / PANEL, together);
 #pragma omp single
-        turns.reset(new Turn[rows.count * (thin_rounds + wide_rounds) * threads]);
+        turns.reset(new Turn[rows.count * (1 + thin_rounds + wide_rounds) * threads]);
         Tiles tiles;
         Writer writer;
         // Rows are a panel further apart than long: evenly apart, they would meet in the cache.
@@ -76,12 +77,18 @@ void multiply(i64 layers, const Left& x, i64 tokens, i64 in, const uint8_t* cons
             const i64 m0 = rows.row(s), m1 = rows.row(s + 1);
             const bf16* left = x.make ? made : x.rows + m0 * in;
             const i64 stride = x.make ? apart : in;
-            if (x.make) {
-#pragma omp for schedule(static)
-                for (i64 t = m0; t < m1; t++) x.make(x.source, t, made + (t - m0) * apart);
+            const auto make = [&](i64 m) {
+                for (i64 t = m; x.make && t < m + PANEL; t++)
+                    x.make(x.source, m0 + t, made + t * apart);
+            };
+            if (thin_rounds > 1) {
+                rows.share_out(s, 1, next, id, threads, [&](i64, i64 m) { make(m); });
+                next += threads;
+#pragma omp barrier
             }
             const Product first = {left, stride, of_adapters, in};
             rows.share_out(s, thin_rounds, next, id, threads, [&](i64 round, i64 m) {
+                if (thin_rounds == 1) make(m);
                 const i64 end = least((round + 1) * together, thin / PANEL);
                 for (i64 p = round * together; p < end; p++)
                     writer.block(first, m, p, inner + m * thin + p * PANEL, thin);
@@ -157,10 +164,11 @@ void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, con
     bf16 *of_proxies = of_adapters + thin * in, *columns = of_proxies + out * wide;
     bf16* rest = columns + thin * whole;  // for rows, then for panels of threads
     std::unique_ptr<Turn[]> turns;
+    std::atomic<i64> panels_packed{0};
 #pragma omp parallel num_threads(int(team))
     {
         const i64 id = omp_get_thread_num(), threads = omp_get_num_threads();
-        i64 turn = 0;
+        Ticket ticket(panels_packed);
         if (made.make && !grad_input) {  // else a row is made when it is needed first
 #pragma omp for schedule(static)
             for (i64 t = 0; t < tokens; t++) made.make(made.source, t);
@@ -171,7 +179,7 @@ void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, con
                 Codes backbone(codes[l], outs[l], in, *scales[l]);
                 Codes adapter(codes[l] + outs[l] * in, rank, in, *scales[l]);
                 for (i64 n = 0; n < in; n += PANEL)
-                    if (turn++ % threads == id) {
+                    if (ticket.is_next()) {
                         pack_columns(backbone, n, outs[l], of_weights + n * out + row * PANEL);
                         if (proxies)
                             pack_columns(adapter, n, wide, of_adapters + n * thin + l * wide * PANEL);
@@ -179,7 +187,7 @@ void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, con
                 if (!proxies) continue;
                 Proxy pending = {proxies[l], rank, factors[l]};
                 for (i64 n = 0; n < wide; n += PANEL)
-                    if (turn++ % threads == id)
+                    if (ticket.is_next())
                         pack_columns(pending, n, outs[l], of_proxies + row * wide + n * outs[l]);
             }
         }
@@ -187,12 +195,16 @@ void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, con
             if (!grad_proxies[l]) continue;
             const Plain adapter = {adapters[l], adapter_strides[l], tokens, rank};
             for (i64 c = 0; c < wide; c += 16)
-                if (turn++ % threads == id)
+                if (ticket.is_next())
                     transpose_columns(adapter, c, whole, columns + (l * wide + c) * whole);
         }
         const Sections rows(tokens, out, threads);
         const i64 panels_of_input = in / PANEL, at_a_time = panels_at_a_time(out);
         const i64 wide_rounds = parts_of(panels_of_input, at_a_time);
+        i64 widest = 1;
+        for (i64 l = 0; l < layers; l++) widest = most(widest, outs[l]);
+        const i64 thin_together = panels_at_a_time(widest);
+        const i64 thin_rounds = proxies ? parts_of(thin / PANEL, thin_together) : 0;
         // Columns of gradients whose sums over all tokens are a thread's work.
         i64 wanted = 0, pieces = 0;
         for (i64 l = 0; l < layers; l++) wanted += grad_proxies[l] ? outs[l] / PANEL : 0;
@@ -203,7 +215,7 @@ void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, con
         };
         for (i64 l = 0; l < layers; l++) pieces += pieces_of(l);
 #pragma omp single
-        turns.reset(new Turn[(rows.count * (layers + wide_rounds) + 1) * threads]);
+        turns.reset(new Turn[(rows.count * (1 + thin_rounds + wide_rounds) + 1) * threads]);
         Tiles tiles;
         Writer writer;
         float units[layers];  // as compilers for Linux allow
@@ -214,23 +226,33 @@ void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, con
         Turn* next = turns.get();
         for (i64 s = 0; grad_input && s < rows.count; s++) {
             const i64 m0 = rows.row(s), m1 = rows.row(s + 1);
-#pragma omp for schedule(static)
-            for (i64 t = m0; t < m1; t++) {
-                bf16* to = left + (t - m0) * apart;
-                if (made.make) made.make(made.source, t);
-                if (rounded) quantize_parts(layers, grads, outs, strides, units, t, E5M2, to);
-                else for (i64 l = 0; l < layers; to += outs[l], l++)
-                    std::memcpy(to, grads[l] + t * strides[l], size_t(outs[l]) * 2);
+            const auto make = [&](i64 m) {
+                for (i64 t = m0 + m; t < m0 + m + PANEL; t++) {
+                    bf16* to = left + (t - m0) * apart;
+                    if (made.make) made.make(made.source, t);
+                    if (rounded) quantize_parts(layers, grads, outs, strides, units, t, E5M2, to);
+                    else for (i64 l = 0; l < layers; to += outs[l], l++)
+                        std::memcpy(to, grads[l] + t * strides[l], size_t(outs[l]) * 2);
+                }
+            };
+            if (thin_rounds != 1) {
+                rows.share_out(s, 1, next, id, threads, [&](i64, i64 m) { make(m); });
+                next += threads;
+#pragma omp barrier
             }
             if (proxies) {
-                rows.share_out(s, layers, next, id, threads, [&](i64 l, i64 m) {
-                    const bf16* panels = of_proxies + sum_of(outs, l) * wide;
-                    const Product of = {grads[l] + m0 * strides[l], strides[l], panels, outs[l]};
-                    for (i64 p = 0; p < wide / PANEL; p++)
-                        writer.block(of, m, p, inner + m * thin + l * wide + p * PANEL, thin);
+                rows.share_out(s, thin_rounds, next, id, threads, [&](i64 round, i64 m) {
+                    if (thin_rounds == 1) make(m);
+                    const i64 end = least((round + 1) * thin_together, thin / PANEL);
+                    for (i64 p = round * thin_together; p < end; p++) {
+                        const i64 l = p * PANEL / wide;
+                        const bf16* panels = of_proxies + sum_of(outs, l) * wide;
+                        const Product of = {grads[l] + m0 * strides[l], strides[l], panels, outs[l]};
+                        writer.block(of, m, p - l * wide / PANEL, inner + m * thin + p * PANEL, thin);
+                    }
                 });
                 writer.finish();
-                next += layers * threads;
+                next += thin_rounds * threads;
 #pragma omp barrier
             }
             const Product backbone = {left, apart, of_weights, out}, pending = {inner, thin, of_adapters, thin};

@@ -122,6 +122,19 @@ static inline void share_out(i64 rounds, i64 count, Turn* turns, i64 id, i64 thr
         for (i64 round = rounds - 1; round >= 0; round--) take((id + k) % threads, round);
 }
 
+// Pieces of work that threads come to in the same order: whether the next one is this thread's.
+class Ticket {
+    std::atomic<i64>& given;
+    i64 mine, at = 0;
+public:
+    explicit Ticket(std::atomic<i64>& given) : given(given), mine(given++) {}
+    bool is_next() {
+        if (at++ != mine) return false;
+        mine = given++;
+        return true;
+    }
+};
+
 // Rows of a left factor in blocks of 32, so many sections of them one after the other that the threads
 // have a section's in their caches. The last block has what is left over as well.
 struct Sections {

@@ -33,14 +33,15 @@ void falqon_amx_attention_grad(const bf16* grad, i64 grad_stride, const bf16* ke
 }
 
 // Rows of a left factor: those that there are, one behind the other, or `make(source, t, to)` makes
-// row t, once.
+// row t, some of them twice.
 struct Left {
     const bf16* rows;
     void (*make)(const void* source, i64 t, bf16* to);
     const void* source;
 };
 
-// Gradients whose row t, of every layer, there is after `make(source, t)`; all there are without it.
+// Gradients whose row t, of every layer, there is after `make(source, t)`, which may be called twice;
+// all there are without it.
 struct Gradients {
     void (*make)(const void* source, i64 t);
     const void* source;

@@ -89,7 +89,7 @@ void falqon_rms_norm(const bf16* x, const bf16* weight, float eps, i64 given, fl
 // (g w - x mean(g w x) / rms^2) / rms, rounded; plus `onto`, if there is any, and rounded again.
 void falqon_rms_norm_grad(const bf16* grad, const bf16* x, const bf16* weight,
                           const float* inverse_rms, const bf16* onto, i64 rows, i64 n, bf16* out) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(dynamic, 16)
     for (i64 t = 0; t < rows; t++) {
         const bf16 *g = grad + t * n, *from = x + t * n, *more = onto + t * n;
         bf16* to = out + t * n;
@@ -139,7 +139,7 @@ void falqon_swiglu_grad(const bf16* grad, const bf16* gate, const bf16* up, i64 
 // Cross entropy of rows of logits, which become the gradient: softmax minus one at the target.
 void falqon_cross_entropy(bf16* logits, const i64* targets, i64 rows, i64 n, i64 want_grad,
                           float* losses) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(dynamic)
     for (i64 t = 0; t < rows; t++) {
         bf16* row = logits + t * n;
         float largest = -__builtin_inff(), sum = 0.0f;
