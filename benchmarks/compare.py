@@ -254,6 +254,7 @@ def train(
     finally:
         for training in begun:
             training.process.kill()  # of one that has ended nothing is left to kill
+            training.process.wait()
 
 
 def reason_to_refuse(result: dict[str, Any]) -> str | None:

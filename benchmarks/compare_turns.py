@@ -78,6 +78,10 @@ def wait_for_turn(of_worker: tuple[int, int]) -> None:
         EOFError: the process that gives turns has ended.
     """
     read, write = of_worker
-    os.write(write, b".")
-    if not os.read(read, 1):
+    try:
+        os.write(write, b".")
+        is_given = os.read(read, 1) != b""
+    except BrokenPipeError:
+        is_given = False
+    if not is_given:
         raise EOFError("the comparison that this training is part of has ended")

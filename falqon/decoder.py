@@ -94,7 +94,8 @@ def _is_untouched(module: nn.Module) -> bool:
 
 def _sides(layer: MeldedLinear, rank: int) -> tuple[int, int] | None:
     """Input and output features of a layer whose parameters are as they were made, else None."""
-    codes, scale, proxy, bias = map(layer._parameters.get, ("codes", "scale", "B", "bias"))
+    codes, scale, proxy = map(layer._parameters.get, ("codes", "scale", "B"))
+    bias = layer.bias
     for t in (codes, scale, proxy):
         if type(t) is not nn.Parameter or not (t.is_cpu and t.is_contiguous()):
             return None

@@ -26,11 +26,15 @@ SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
 
 
 def made(
-    family: str = "llama", live: bool = True, recipe: str = "default", **changes: int
+    family: str = "llama",
+    live: bool = True,
+    recipe: str = "default",
+    rank: int = 4,
+    **changes: int,
 ) -> PreTrainedModel:
     model = make_base(family, **(SIZES | changes))
     plugin = FalqonPrecision(
-        rank=4, lora_alpha=6, update="live" if live else "paper", recipe=recipe
+        rank=rank, lora_alpha=6, update="live" if live else "paper", recipe=recipe
     )
     plugin.convert(model, device="cpu")
     for layer in plugin.layers.values():
@@ -97,6 +101,19 @@ def packed(rows: int, length: int) -> dict[str, Tensor]:
     document = (at >= begin).int()
     seen = (document[:, :, None] == document[:, None]) & torch.ones(length, length).tril().bool()
     return {"attention_mask": seen[:, None], "position_ids": at - begin * document}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden_size": 2048, "rank": 40}, {"intermediate_size": 10272}], ids=str
+)
+def test_bits_of_layers_that_adapters_of_are_taken_in_parts(changes: dict[str, int]) -> None:
+    model = made(**changes).to(BF16)  # type: ignore[arg-type]
+    with counted() as whole:
+        ours = results(model)
+    with counted(whole=False):
+        theirs = results(model)
+    assert len(whole) == 2
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["packed", "padded", "many tokens"])

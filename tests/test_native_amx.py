@@ -83,6 +83,7 @@ SHAPES = [
     (130, 1536, (576,), 64),
     (1100, 64, (64,), 16),
     (650, 1536, (64, 1536), 40),  # more rows than a thread has at a time
+    (200, 2048, (64, 64, 2048), 64),  # more panels of adapters, and of B, than at a time
 ]
 
 
@@ -107,7 +108,7 @@ def test_groups_are_those_of_torch(
         assert differences(tensor, theirs[name]) < 1e-3, name
 
 
-@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES[:4], *SHAPES[-2:]], ids=str)
 def test_threads_change_nothing(shape: tuple[int, int, tuple[int, ...], int]) -> None:
     group = Group(*shape)
     with threads(1):

@@ -28,8 +28,9 @@ class RowUpdateCounts(NamedTuple):
         codes: codes in those rows, int64.
         flipped: codes that changed, int64.
         saturated: codes of written rows at the largest magnitude, int64.
-        projection: sum of landed x wanted change over the written rows, summed in float32, float64.
-        wanted: sum of squares of the wanted change, summed in float32, float64.
+        projection: sum of landed x wanted change over the written rows, float64; of a row at least
+            it is summed in float32.
+        wanted: sum of squares of the wanted change, likewise.
     """
 
     written: Tensor

@@ -65,7 +65,7 @@ void multiply(i64 layers, const Left& x, i64 tokens, i64 in, const uint8_t* cons
         const i64 thin_rounds = parts_of(thin / PANEL, together);
         i64 wide_rounds = 0;
         for (i64 l = 0; l < layers; l++) wide_rounds += parts_of(outs[l] / PANEL, together);
-#pragma omp single
+#pragma omp single  // a section has a round for making its rows as well
         turns.reset(new Turn[rows.count * (1 + thin_rounds + wide_rounds) * threads]);
         Tiles tiles;
         Writer writer;
@@ -81,7 +81,7 @@ void multiply(i64 layers, const Left& x, i64 tokens, i64 in, const uint8_t* cons
                 for (i64 t = m; x.make && t < m + PANEL; t++)
                     x.make(x.source, m0 + t, made + t * apart);
             };
-            if (thin_rounds > 1) {
+            if (thin_rounds != 1) {
                 rows.share_out(s, 1, next, id, threads, [&](i64, i64 m) { make(m); });
                 next += threads;
 #pragma omp barrier
@@ -214,7 +214,7 @@ void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, con
             return grad_proxies[l] ? parts_of(outs[l] / PANEL, together) : 0;
         };
         for (i64 l = 0; l < layers; l++) pieces += pieces_of(l);
-#pragma omp single
+#pragma omp single  // a section has a round for making its rows as well, and the pieces are one
         turns.reset(new Turn[(rows.count * (1 + thin_rounds + wide_rounds) + 1) * threads]);
         Tiles tiles;
         Writer writer;

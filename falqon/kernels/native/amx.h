@@ -108,7 +108,7 @@ struct Turn { std::atomic<i64> taken{0}, by_others{0}; };
 
 // Call `run(round, i)` for `count` pieces of work a round, each in one of the threads. These have a
 // share of their own of each; one that is done with its shares takes the last pieces of others', for
-// cores are not equally fast all the time. `turns`: of rounds and threads, unused.
+// cores are not equally fast all the time. `turns`: rounds * threads new ones.
 template <class Run>
 static inline void share_out(i64 rounds, i64 count, Turn* turns, i64 id, i64 threads, Run run) {
     const auto take = [&](i64 whose, i64 round) {
@@ -145,7 +145,7 @@ struct Sections {
     }
     i64 block(i64 section) const { return blocks * section / count; }
     i64 row(i64 section) const { return section == count ? tokens : block(section) * PANEL; }
-    // Rows of the longest one, whatever its number of threads.
+    // As many as the longest section has, if there are no more threads than these, or more.
     static i64 rows(i64 tokens, i64 k, i64 threads) {
         return least(threads * rows_at_a_time(k) + PANEL, filled(tokens));
     }

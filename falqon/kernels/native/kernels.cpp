@@ -33,7 +33,7 @@ void falqon_decode(i64 layers, const uint8_t* const* codes, const float* const* 
 
 // Values of E4M3 codes.
 void falqon_values(const uint8_t* codes, i64 n, float* out) {
-#pragma omp simd
+#pragma omp parallel for simd schedule(static) if (n > 1 << 17)
     for (i64 i = 0; i < n; i++) out[i] = value_of(codes[i]);
 }
 

@@ -107,6 +107,7 @@ def decoded(codes: Sequence[Tensor], scales: Sequence[Tensor], rank: int) -> Ten
 def values(codes: Tensor) -> Tensor:
     """Values of E4M3 codes, uint8 on the CPU of any shape, without scale, in float32."""
     codes = codes.contiguous()
+    assert codes.dtype == torch.uint8
     out = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
     call("values", at(codes), _INT(codes.numel()), at(out))
     return out
@@ -128,6 +129,7 @@ def write_rows(target: Tensor, wanted: Tensor, rows: Tensor | None, codes: Tenso
     target, wanted = target.contiguous(), wanted.contiguous()
     rows = rows if rows is None else rows.contiguous()
     (count, n), many = target.shape, codes.shape[0]
+    assert target.dtype == wanted.dtype == torch.float32 and codes.dtype == torch.uint8
     assert codes.is_contiguous() and codes.shape[1] == n and wanted.shape == target.shape
     if rows is not None:
         assert rows.dtype == torch.int64 and rows.shape == (count,)
