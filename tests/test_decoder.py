@@ -79,19 +79,23 @@ def results(
     return [out.detach(), given.grad, *(p.grad.clone() for p in trained if p.grad is not None)]
 
 
+def run_as_one_and_by_module(model: PreTrainedModel, **given: Any) -> None:
+    """Both layers as one function each, and none: the same bits."""
+    with counted() as whole:
+        ours = results(model, **given)
+    with counted(whole=False) as apart:
+        theirs = results(model, **given)
+    assert (len(whole), len(apart)) == (2, 0)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize("live", [True, False])
 @pytest.mark.parametrize(
     ("family", "recipe"),
     [("llama", "default"), ("llama", "weights"), ("mistral", "default"), ("qwen2", "default")],
 )
 def test_bits_are_those_of_the_modules(family: str, recipe: str, live: bool) -> None:
-    model = made(family, live, recipe).to(BF16)
-    with counted() as whole:
-        ours = results(model)
-    with counted(whole=False) as apart:
-        theirs = results(model)
-    assert (len(whole), len(apart)) == (2, 0)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    run_as_one_and_by_module(made(family, live, recipe).to(BF16))
 
 
 def packed(rows: int, length: int) -> dict[str, Tensor]:
@@ -107,13 +111,7 @@ def packed(rows: int, length: int) -> dict[str, Tensor]:
     "changes", [{"hidden_size": 2048, "rank": 40}, {"intermediate_size": 10272}], ids=str
 )
 def test_bits_of_layers_that_adapters_of_are_taken_in_parts(changes: dict[str, int]) -> None:
-    model = made(**changes).to(BF16)  # type: ignore[arg-type]
-    with counted() as whole:
-        ours = results(model)
-    with counted(whole=False):
-        theirs = results(model)
-    assert len(whole) == 2
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    run_as_one_and_by_module(made(**changes).to(BF16))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["packed", "padded", "many tokens"])
@@ -123,12 +121,7 @@ def test_bits_of_other_batches(kind: str) -> None:
         "packed": packed(2, 36),
         "many tokens": {"rows": 4, "length": 203},
     }.get(kind, {"attention_mask": (torch.arange(36) >= torch.tensor([[9], [0]])).long()})
-    with counted() as whole:
-        ours = results(model, **given)
-    with counted(whole=False):
-        theirs = results(model, **given)
-    assert len(whole) == 2
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    run_as_one_and_by_module(model, **given)
 
 
 def test_batches_of_several_sizes_in_turn() -> None:
@@ -157,12 +150,7 @@ def test_contexts(context: Any) -> None:
 def test_output_may_be_changed_in_place() -> None:
     model = made().to(BF16)
     layer_of(model).register_forward_hook(lambda module, args, out: out.mul_(2))
-    with counted() as calls:
-        ours = results(model)
-    with counted(whole=False):
-        theirs = results(model)
-    assert len(calls) == 2
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    run_as_one_and_by_module(model)
 
 
 def test_wrong_features_are_refused() -> None:

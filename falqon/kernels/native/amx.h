@@ -145,7 +145,7 @@ struct Sections {
     }
     i64 block(i64 section) const { return blocks * section / count; }
     i64 row(i64 section) const { return section == count ? tokens : block(section) * PANEL; }
-    // As many as the longest section has, if there are no more threads than these, or more.
+    // No section has more rows, with so many threads or fewer.
     static i64 rows(i64 tokens, i64 k, i64 threads) {
         return least(threads * rows_at_a_time(k) + PANEL, filled(tokens));
     }
