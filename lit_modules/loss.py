@@ -37,11 +37,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         want = hidden.requires_grad
         total = torch.zeros((), dtype=torch.float32)
         grads = []
-        through = amx.dense_grad if amx.takes_dense(weight) else torch.mm
+        by_amx = amx.takes_dense(weight)
+        through = amx.dense_grad if by_amx else torch.mm
         rows = max(1, _LOGIT_BYTES // (weight.shape[0] * weight.element_size()))
         for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
             logits = _room(len(part), len(weight), part)
-            torch.mm(part, weight.t(), out=logits)
+            if by_amx and amx.fits(len(part), ()):
+                amx.dense(part, weight, logits)
+            else:
+                torch.mm(part, weight.t(), out=logits)
             total += ops.cross_entropy(logits, target, want).sum()
             if want:
                 grads.append(through(logits, weight))

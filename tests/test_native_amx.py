@@ -273,6 +273,20 @@ def test_gradient_through_the_output_embedding(shape: tuple[int, int, int]) -> N
     assert not amx.takes_dense(weight[:-1]) and not amx.takes_dense(weight.t())
 
 
+@pytest.mark.parametrize("shape", [(32, 64, 32), (33, 96, 32), (100, 1120, 96), (300, 2048, 576)])
+def test_logits(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    tokens, out, columns = shape
+    x, weight = torch.randn(tokens, columns).to(BF16), torch.randn(out, columns).to(BF16)
+    found = []
+    for count in (1, 2, 5):
+        found.append(torch.full((tokens, out), torch.nan, dtype=BF16))
+        with threads(count):
+            amx.dense(x, weight, found[-1])
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert differences(found[0], x @ weight.t()) < 1e-3
+
+
 @pytest.mark.parametrize("count", [1, 2, 5, 16])
 def test_memory_for_panels_is_enough(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     behind = 4096
@@ -288,8 +302,10 @@ def test_memory_for_panels_is_enough(count: int, monkeypatch: pytest.MonkeyPatch
             Group(*shape).run()
         for heads in ATTENTION:
             attended(heads)
-        amx.dense_grad(torch.zeros(300, 608, dtype=BF16), torch.zeros(608, 96, dtype=BF16))
-    assert len(given) == 2 * len(SHAPES) + 2 * len(ATTENTION) + 1
+        grad, weight = torch.zeros(300, 608, dtype=BF16), torch.zeros(608, 96, dtype=BF16)
+        amx.dense_grad(grad, weight)
+        amx.dense(torch.zeros(300, 96, dtype=BF16), weight, grad)
+    assert len(given) == 2 * len(SHAPES) + 2 * len(ATTENTION) + 2
     assert all((work[-behind:] == 1.5).all() for work in given)
 
 

@@ -10,6 +10,8 @@
 #ifdef FALQON_HAS_AMX
 
 static const i64 TOGETHER = 6;  // panels of gradients that are read at a time, at most
+static const i64 DEEP = 512;    // and tokens
+static const i64 EARLY = 16;    // rows that they are fetched ahead
 
 static i64 parts_of(i64 all, i64 at_a_time) { return (all + at_a_time - 1) / at_a_time; }
 
@@ -134,9 +136,9 @@ void falqon_amx_matmul(i64 layers, const bf16* x, i64 tokens, i64 in, const uint
 // How many 16-bit values the `work` of falqon_amx_matmul_grad has to have room for.
 i64 falqon_amx_matmul_grad_work(i64 layers, const i64* outs, i64 in, i64 rank, i64 tokens, i64 team) {
     const i64 wide = filled(rank), thin = layers * wide, out = sum_of(outs, layers);
-    return (out + thin) * in + out * wide + thin * filled(tokens) +
+    return (out + thin) * in + out * wide + thin * (filled(tokens) + PANEL) +
            most(Sections::rows(tokens, out, team) * (out + PANEL + thin),
-                team * filled(tokens) * TOGETHER * PANEL);
+                team * TOGETHER * PANEL * (DEEP + 2 * wide));
 }
 
 // The same with gradients that there are.
@@ -159,10 +161,10 @@ void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, con
                    i64 rounded, const bf16* const* adapters, const i64* adapter_strides,
                    bf16* grad_input, float* const* grad_proxies, i64 team, bf16* work) {
     const i64 wide = filled(rank), thin = layers * wide, out = sum_of(outs, layers);
-    const i64 whole = filled(tokens);
+    const i64 whole = filled(tokens), far = whole + PANEL;  // again a panel further apart than long
     bf16 *of_weights = work, *of_adapters = of_weights + out * in;
     bf16 *of_proxies = of_adapters + thin * in, *columns = of_proxies + out * wide;
-    bf16* rest = columns + thin * whole;  // for rows, then for panels of threads
+    bf16* rest = columns + thin * far;  // for rows, then for panels of threads
     std::unique_ptr<Turn[]> turns;
     std::atomic<i64> panels_packed{0};
 #pragma omp parallel num_threads(int(team))
@@ -196,7 +198,7 @@ void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, con
             const Plain adapter = {adapters[l], adapter_strides[l], tokens, rank};
             for (i64 c = 0; c < wide; c += 16)
                 if (ticket.is_next())
-                    transpose_columns(adapter, c, whole, columns + (l * wide + c) * whole);
+                    transpose_columns(adapter, c, whole, columns + (l * wide + c) * far, far);
         }
         const Sections rows(tokens, out, threads);
         const i64 panels_of_input = in / PANEL, at_a_time = panels_at_a_time(out);
@@ -209,7 +211,7 @@ void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, con
         i64 wanted = 0, pieces = 0;
         for (i64 l = 0; l < layers; l++) wanted += grad_proxies[l] ? outs[l] / PANEL : 0;
         const i64 together =
-            most(1, least(least(TOGETHER, wanted / (3 * threads)), RIGHT / (whole * PANEL * 2)));
+            most(1, least(TOGETHER, wanted / (3 * threads)));
         const auto pieces_of = [&](i64 l) {
             return grad_proxies[l] ? parts_of(outs[l] / PANEL, together) : 0;
         };
@@ -266,25 +268,33 @@ void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, con
             writer.finish();
 #pragma omp barrier
         }
-        bf16* panels = rest + id * whole * TOGETHER * PANEL;
-        alignas(64) float sums[PANEL * PANEL];
+        bf16* panels = rest + id * TOGETHER * PANEL * (DEEP + 2 * wide);
+        float* sums = reinterpret_cast<float*>(panels + TOGETHER * PANEL * DEEP);
         share_out(1, pieces, next, id, threads, [&](i64, i64 piece) {
             i64 l = 0;
             for (i64 of; piece >= (of = pieces_of(l)); l++) piece -= of;
-            const Plain grad = {grads[l], strides[l], tokens, outs[l]};
             const i64 begin = piece * together * PANEL;
             const i64 count = least(together, (outs[l] - begin) / PANEL);
-            pack_columns(grad, begin, whole, panels, count);
-            const Product of = {columns + l * wide * whole, whole, panels, whole};
-            for (i64 p = 0; p < count; p++) for (i64 r = 0; r < wide; r += PANEL) {
+            for (i64 t = 0; t < whole; t += DEEP) {
+                const i64 deep = least(DEEP, whole - t);
+                const Plain grad = {grads[l] + t * strides[l], strides[l], tokens - t, outs[l], EARLY};
+                pack_columns(grad, begin, deep, panels, count);
+                const Product of = {columns + l * wide * far + t, far, panels, deep};
+                float* to = sums;
+                for (i64 p = 0; p < count; p++) for (i64 r = 0; r < wide; r += PANEL, to += PANEL * PANEL) {
+                    if (t) add_to(of, r, p, to, PANEL);
+                    else block(of, r, p, to);
+                }
+            }
+            const float* from = sums;
+            for (i64 p = 0; p < count; p++) for (i64 r = 0; r < wide; r += PANEL, from += PANEL * PANEL) {
                 const i64 n = begin + p * PANEL;
-                block(of, r, p, sums);
                 for (i64 quarter = 0; quarter < 4; quarter++) {
                     i64 down = quarter / 2 * 16, across = quarter % 2 * 16;
                     i64 there = most(0, least(16, rank - r - down));
                     __m512i t[16];
                     for (i64 i = 0; i < 16; i++)
-                        t[i] = _mm512_load_si512(sums + (down + i) * PANEL + across);
+                        t[i] = _mm512_load_si512(from + (down + i) * PANEL + across);
                     transpose(t);
                     for (i64 i = 0; i < 16; i++) {
                         __m512 value = widened(narrowed(_mm512_castsi512_ps(t[i])));

@@ -277,10 +277,11 @@ struct Proxy {
     }
 };
 
-// Rows of 16-bit values; there are none from `rows` and `columns` on.
+// Rows of 16-bit values; there are none from `rows` and `columns` on. Pairs of rows that come `early`
+// rows later are fetched, which may be none: processors forgive that.
 struct Plain {
     const bf16* at;
-    i64 stride, rows, columns;
+    i64 stride, rows, columns, early = 0;
     __m512i load(i64 row, i64 column) const {
         if (row >= rows || column >= columns) return _mm512_setzero_si512();
         i64 there = least(PANEL, columns - column);
@@ -288,6 +289,10 @@ struct Plain {
         return _mm512_maskz_loadu_epi16(mask, at + row * stride + column);
     }
     void load_pairs(i64 row, i64 column, __m512i* out) const {
+        for (i64 i = 0; early && i < 2; i++) {
+            const bf16* next = at + (row + early + i) * stride + column;
+            _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T0);
+        }
         pairs(load(row, column), load(row + 1, column), out);
     }
 };
@@ -319,8 +324,8 @@ static inline void pack_columns(const Source& source, i64 column, i64 k, bf16* p
         }
 }
 
-// 16 columns of the source, from `column` on, as rows of `k` values.
-static inline void transpose_columns(const Plain& source, i64 column, i64 k, bf16* out) {
+// 16 columns of the source, from `column` on, as rows of `k` values that are `stride` apart.
+static inline void transpose_columns(const Plain& source, i64 column, i64 k, bf16* out, i64 stride) {
     for (i64 row = 0; row < k; row += PANEL) {
         __m512i r[16], two[2];
         for (i64 i = 0; i < 16; i++) {
@@ -328,7 +333,7 @@ static inline void transpose_columns(const Plain& source, i64 column, i64 k, bf1
             r[i] = two[0];
         }
         transpose(r);
-        for (i64 i = 0; i < 16; i++) _mm512_store_si512(out + i * k + row, r[i]);
+        for (i64 i = 0; i < 16; i++) _mm512_store_si512(out + i * stride + row, r[i]);
     }
 }
 

@@ -274,9 +274,26 @@ def attention_grad(
 
 
 def takes_dense(weight: Tensor) -> bool:
-    """Whether `dense_grad` takes a matrix W, [out, n]: whole panels of bfloat16."""
+    """Whether `dense` and `dense_grad` take a matrix W, [out, n]: whole panels of bfloat16."""
     whole = weight.shape[0] % _PANEL == weight.shape[1] % _PANEL == 0
     return whole and weight.is_contiguous() and present()
+
+
+def dense(x: Tensor, weight: Tensor, result: Tensor) -> None:
+    """`x W^T`, for a W with many rows: logits, written to `result`.
+
+    Args:
+        x: [T, n]; 32 rows or more.
+        weight: W, [out, n], contiguous.
+        result: [T, out], contiguous.
+    """
+    x = x.contiguous()
+    (tokens, columns), out = x.shape, weight.shape[0]
+    assert tokens >= _PANEL and result.shape == (tokens, out) and result.is_contiguous()
+    team = torch.get_num_threads()
+    work = _work("dense", *map(_INT, (tokens, columns, team)))
+    sizes = (_INT(tokens), ops.at(weight), _INT(out), _INT(columns))
+    ops.call("amx_dense", ops.at(x), *sizes, ops.at(result), _INT(team), ops.at(work))
 
 
 def dense_grad(grad: Tensor, weight: Tensor) -> Tensor:

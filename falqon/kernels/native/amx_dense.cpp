@@ -1,24 +1,65 @@
-// The gradient that comes through the output embedding, on processors with AMX: a product that is
-// summed over the whole vocabulary.
+// The products with the output embedding, on processors with AMX: logits, and the gradient that comes
+// through it, which is summed over the whole vocabulary.
 //
-// Every thread has columns of its own, so that results do not depend on the number of threads.
+// A result is one thread's work, so that results do not depend on the number of threads.
 
 #include "amx.h"
 
 #ifdef FALQON_HAS_AMX
 
-static const i64 DEEP = 256;  // rows of the matrix that are added up at a time
-static const i64 ROWS = 256;  // rows of the gradient, likewise
+static const i64 ROWS = 64;   // rows of the gradient that are multiplied at a time
+static const i64 EARLY = 16;  // rows of the matrix are fetched so many ahead
+
+// Rows of the matrix that are added up at a time, if a thread has so many columns.
+static i64 depth_of(i64 wide) { return most(256, least(1024, RIGHT / (wide * 2) / PANEL * PANEL)); }
 
 // Columns of the widest thread's share.
 static i64 widest_share(i64 in, i64 threads) { return (in / PANEL + threads - 1) / threads * PANEL; }
 
 // Values that a thread needs for itself.
 static i64 own_of_share(i64 widest, i64 tokens) {
-    return DEEP * widest + ROWS * (DEEP + PANEL) + 2 * filled(tokens) * widest;
+    const i64 depth = depth_of(widest);
+    return depth * widest + ROWS * (depth + PANEL) + 2 * filled(tokens) * widest;
 }
 
 extern "C" {
+
+// How many 16-bit values the `work` of falqon_amx_dense has to have room for.
+i64 falqon_amx_dense_work(i64 tokens, i64 in, i64 team) {
+    return tokens * (in + PANEL) + team * panels_at_a_time(in) * in * PANEL;
+}
+
+// x W^T [tokens, out], for x [tokens, in] and W [out, in]; there are 32 tokens at least. `team`, `work`:
+// as in amx.cpp.
+void falqon_amx_dense(const bf16* x, i64 tokens, const bf16* weight, i64 out, i64 in, bf16* result,
+                      i64 team, bf16* work) {
+    const i64 apart = in + PANEL, together = panels_at_a_time(in), panels = out / PANEL;
+    std::unique_ptr<Turn[]> turns;
+#pragma omp parallel num_threads(int(team))
+    {
+        const i64 id = omp_get_thread_num(), threads = omp_get_num_threads();
+        bf16 *left = work, *right = left + tokens * apart + id * together * in * PANEL;
+#pragma omp for schedule(static)
+        for (i64 m = 0; m < tokens; m++) std::memcpy(left + m * apart, x + m * in, size_t(in) * 2);
+#pragma omp single
+        turns.reset(new Turn[threads]);
+        Tiles tiles;
+        Writer writer;
+        const Plain rows = {weight, in, out, in};
+        const Product of = {left, apart, right, in};
+        const i64 pieces = (panels + together - 1) / together;
+        share_out(1, pieces, turns.get(), id, threads, [&](i64, i64 piece) {
+            const i64 p0 = piece * together, count = least(together, panels - p0);
+            for (i64 p = 0; p < count; p++)
+                pack_rows(rows, (p0 + p) * PANEL, in, right + p * in * PANEL);
+            for (i64 at = 0; at < tokens; at += PANEL) {
+                const i64 m = least(at, tokens - PANEL);
+                for (i64 p = 0; p < count; p++)
+                    writer.block(of, m, p, result + m * out + (p0 + p) * PANEL, out);
+            }
+        });
+    }
+}
 
 // How many 16-bit values the `work` of falqon_amx_dense_grad has to have room for, also if fewer
 // threads come than might.
@@ -32,29 +73,34 @@ i64 falqon_amx_dense_grad_work(i64 tokens, i64 in, i64 team) {
 // g W [tokens, in], for g [tokens, out] and W [out, in]. `team`, `work`: as in amx.cpp.
 void falqon_amx_dense_grad(const bf16* grad, i64 tokens, i64 out, const bf16* weight, i64 in,
                            bf16* result, i64 team, bf16* work) {
-    const i64 apart = DEEP + PANEL, whole = filled(tokens);
+    const i64 whole = filled(tokens);
 #pragma omp parallel num_threads(int(team))
     {
         const i64 id = omp_get_thread_num(), threads = omp_get_num_threads(), panels = in / PANEL;
         const i64 p0 = panels * id / threads, count = panels * (id + 1) / threads - p0;
         const i64 wide = count * PANEL;
-        const i64 widest = widest_share(in, threads);
+        const i64 widest = widest_share(in, threads), depth = depth_of(widest);
+        const i64 apart = depth + PANEL;
         bf16* right = work + id * own_of_share(widest, tokens);
-        bf16* left = right + DEEP * widest;
+        bf16* left = right + depth * widest;
         float* sums = reinterpret_cast<float*>(left + ROWS * apart);
         Tiles tiles;
         std::memset(sums, 0, size_t(whole * wide) * 4);
-        for (i64 k = 0; k < out; k += DEEP) {
-            const i64 deep = least(DEEP, out - k);
-            pack_columns(Plain{weight + k * in, in, deep, in}, p0 * PANEL, deep, right, count);
+        for (i64 k = 0; k < out; k += depth) {
+            const i64 deep = least(depth, out - k);
+            const Plain rows = {weight + k * in, in, deep, in, EARLY};
+            pack_columns(rows, p0 * PANEL, deep, right, count);
             const Product of = {left, apart, right, deep};
             for (i64 m0 = 0; m0 < tokens; m0 += ROWS) {
-                const i64 rows = least(ROWS, tokens - m0);
+                const i64 here = least(ROWS, tokens - m0);
                 // A copy, since rows as far apart as the vocabulary is wide meet in the cache. What
                 // is behind its last row makes sums that nobody asks for.
-                for (i64 m = 0; m < rows; m++)
-                    std::memcpy(left + m * apart, grad + (m0 + m) * out + k, size_t(deep) * 2);
-                for (i64 m = 0; m < rows; m += PANEL)
+                for (i64 m = 0; m < here; m++) {
+                    const bf16* from = grad + (m0 + m) * out + k;
+                    for (i64 i = 0; i < deep; i += PANEL) __builtin_prefetch(from + 4 * out + i);
+                    std::memcpy(left + m * apart, from, size_t(deep) * 2);
+                }
+                for (i64 m = 0; m < here; m += PANEL)
                     for (i64 p = 0; p < count; p++)
                         add_to(of, m, p, sums + (m0 + m) * wide + p * PANEL, wide);
             }
