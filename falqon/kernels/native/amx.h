@@ -226,7 +226,8 @@ static inline void pairs(__m512i a, __m512i b, __m512i* out) {
     out[1] = _mm512_permutex2var_epi16(a, _mm512_load_si512(order.second), b);
 }
 
-// Rows of merged codes of one layer, decoded by a table; those from `rows` on are zero.
+// Rows of merged codes of one layer, decoded by a table; those from `rows` on are zero. Rows that follow
+// are fetched, which may be none: processors forgive that.
 struct Codes {
     const uint8_t* codes;
     i64 rows, columns;
@@ -250,8 +251,16 @@ struct Codes {
         __m512i minus = _mm512_slli_epi16(_mm512_and_si512(code, sign), 8);
         return _mm512_or_si512(_mm512_mask_blend_epi16(is_high, low, high), minus);
     }
-    __m512i load(i64 row, i64 column) const { return values(bytes(row, column)); }
+    void fetch(i64 row, i64 column) const {
+        _mm_prefetch(reinterpret_cast<const char*>(codes + row * columns + column), _MM_HINT_T0);
+    }
+    __m512i load(i64 row, i64 column) const {
+        fetch(row + PANEL, column);
+        return values(bytes(row, column));
+    }
     void load_pairs(i64 row, i64 column, __m512i* out) const {
+        fetch(row + PANEL / 2, column);
+        fetch(row + PANEL / 2 + 1, column);
         __m256i a = bytes(row, column), b = bytes(row + 1, column);
         __m256i low = _mm256_unpacklo_epi8(a, b), high = _mm256_unpackhi_epi8(a, b);
         out[0] = values(_mm256_permute2x128_si256(low, high, 0x20));
@@ -278,7 +287,7 @@ struct Proxy {
 };
 
 // Rows of 16-bit values; there are none from `rows` and `columns` on. Pairs of rows that come `early`
-// rows later are fetched, which may be none: processors forgive that.
+// rows later are fetched.
 struct Plain {
     const bf16* at;
     i64 stride, rows, columns, early = 0;
