@@ -195,7 +195,7 @@ void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, con
         }
         for (i64 l = 0; l < layers; l++) {
             if (!grad_proxies[l]) continue;
-            const Plain adapter = {adapters[l], adapter_strides[l], tokens, rank};
+            const Plain adapter = {adapters[l], adapter_strides[l], tokens, rank, EARLY};
             for (i64 c = 0; c < wide; c += 16)
                 if (ticket.is_next())
                     transpose_columns(adapter, c, whole, columns + (l * wide + c) * far, far);

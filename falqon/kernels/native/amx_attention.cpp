@@ -12,20 +12,18 @@
 #ifdef FALQON_HAS_AMX
 
 static const i64 CHUNK = 128;  // rows that are worked on at a time
-
-// Which of the 16 values from `at` on are in [start, end).
-static inline __mmask16 within(i64 at, i64 start, i64 end) {
-    uint32_t low = at >= start ? 0xFFFFu : start - at > 15 ? 0u : 0xFFFFu << (start - at);
-    uint32_t high = at + 16 <= end ? 0xFFFFu : at >= end ? 0u : (1u << (end - at)) - 1u;
-    return __mmask16(low & high);
-}
+static const i64 EARLY = 4;    // tokens that their heads are fetched ahead
 
 // Softmax of factor * row over [start, end), in place; zero elsewhere. `n` is a multiple of 16.
 static inline void softmax(bf16* row, i64 n, i64 start, i64 end, float factor, float* kept) {
     const __m512 none = _mm512_set1_ps(-__builtin_inff()), scale = _mm512_set1_ps(factor);
+    const __m512i first = _mm512_set1_epi32(int(start)), last = _mm512_set1_epi32(int(end));
+    __m512i at = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     __m512 largest = none, sum = _mm512_setzero_ps();
-    for (i64 i = 0; i < n; i += 16) {
-        __m512 x = _mm512_mask_mov_ps(none, within(i, start, end), widened(row + i));
+    for (i64 i = 0; i < n; i += 16, at = _mm512_add_epi32(at, _mm512_set1_epi32(16))) {
+        const __mmask16 from = _mm512_cmpge_epi32_mask(at, first);
+        const __mmask16 seen = _mm512_mask_cmplt_epi32_mask(from, at, last);
+        __m512 x = _mm512_mask_mov_ps(none, seen, widened(row + i));
         _mm512_store_ps(kept + i, x);
         largest = _mm512_max_ps(largest, x);
     }
@@ -35,8 +33,9 @@ static inline void softmax(bf16* row, i64 n, i64 start, i64 end, float factor, f
     }
     const __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(largest) * factor);
     for (i64 i = 0; i < n; i += 16) {
-        __m512 x = _mm512_fmsub_ps(_mm512_load_ps(kept + i), scale, shift);
-        x = _mm512_maskz_mov_ps(within(i, start, end), exponentials(x));
+        const __m512 of = _mm512_load_ps(kept + i);
+        const __mmask16 seen = _mm512_cmp_ps_mask(of, none, _CMP_NEQ_UQ);
+        __m512 x = _mm512_maskz_mov_ps(seen, exponentials(_mm512_fmsub_ps(of, scale, shift)));
         _mm512_store_ps(kept + i, x);
         sum = _mm512_add_ps(sum, x);
     }
@@ -145,11 +144,17 @@ void falqon_amx_attention(const bf16* q, i64 q_stride, const bf16* k, i64 k_stri
             bf16 *to_q = kept_q + head * rows * d, *to_k = kept_k + head * keys * d;
             bf16* to_v = kept_v + head * keys * d;
             for (i64 r = 0; r < of.rows(); r++) {
-                const i64 at = b * table_stride + r / group * d;
+                const i64 at = b * table_stride + r / group * d, next = r + EARLY * group;
+                fetch(queries.row(of, b, h, next), d);
+                fetch_to_write(to_q + next * d, d);
                 rotate<false>(queries.row(of, b, h, r), cos + at, sin + at, d, to_q + r * d);
             }
             for (i64 s = 0; s < length; s++) {
-                const i64 at = b * table_stride + s * d;
+                const i64 at = b * table_stride + s * d, next = s + EARLY;
+                fetch(of_keys.row(of, b, h, next), d);
+                fetch(values.row(of, b, h, next), d);
+                fetch_to_write(to_k + next * d, d);
+                fetch_to_write(to_v + next * d, d);
                 rotate<false>(of_keys.row(of, b, h, s), cos + at, sin + at, d, to_k + s * d);
                 std::memcpy(to_v + s * d, values.row(of, b, h, s), size_t(d) * 2);
             }
@@ -228,6 +233,7 @@ void falqon_amx_attention_grad(const bf16* grad, i64 grad_stride, const bf16* ke
                 const Span span(of, b, start, count);
                 const i64 wide = span.high - span.low;
                 for (i64 i = 0; i < count; i++) {
+                    fetch(grads.row(of, b, h, start + i + EARLY * group), d);
                     if (start + i < of.rows())
                         std::memcpy(g + i * d, grads.row(of, b, h, start + i), size_t(d) * 2);
                     else std::memset(g + i * d, 0, size_t(d) * 2);

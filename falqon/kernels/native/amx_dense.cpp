@@ -97,7 +97,7 @@ void falqon_amx_dense_grad(const bf16* grad, i64 tokens, i64 out, const bf16* we
                 // is behind its last row makes sums that nobody asks for.
                 for (i64 m = 0; m < here; m++) {
                     const bf16* from = grad + (m0 + m) * out + k;
-                    for (i64 i = 0; i < deep; i += PANEL) __builtin_prefetch(from + 4 * out + i);
+                    fetch(from + 4 * out, deep);
                     std::memcpy(left + m * apart, from, size_t(deep) * 2);
                 }
                 for (i64 m = 0; m < here; m += PANEL)

@@ -107,6 +107,14 @@ static inline __m512 exponentials(__m512 x) {
 }
 #endif
 
+// Fetch n values, which may be none: processors forgive that.
+static inline void fetch(const bf16* from, i64 n) {
+    for (i64 i = 0; i < n; i += 32) __builtin_prefetch(from + i);
+}
+static inline void fetch_to_write(const bf16* to, i64 n) {
+    for (i64 i = 0; i < n; i += 32) __builtin_prefetch(to + i, 1);
+}
+
 static const i64 KEPT = 4096;  // floats that a thread keeps on its stack
 static const i64 WIDEST = 16;  // of them in a vector register
 
