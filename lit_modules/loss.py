@@ -42,7 +42,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, _LOGIT_BYTES // (weight.shape[0] * weight.element_size()))
         for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
             logits = _room(len(part), len(weight), part)
-            if by_amx and amx.fits(len(part), ()):
+            if by_amx and amx.fits(len(part), weight.shape):
                 amx.dense(part, weight, logits)
             else:
                 torch.mm(part, weight.t(), out=logits)

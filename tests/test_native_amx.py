@@ -273,7 +273,11 @@ def test_gradient_through_the_output_embedding(shape: tuple[int, int, int]) -> N
     assert not amx.takes_dense(weight[:-1]) and not amx.takes_dense(weight.t())
 
 
-@pytest.mark.parametrize("shape", [(32, 64, 32), (33, 96, 32), (100, 1120, 96), (300, 2048, 576)])
+# Tokens, rows and columns of the matrix; the last one has more panels than a thread has room for.
+DENSE = [(32, 64, 32), (33, 96, 32), (100, 1120, 96), (300, 2048, 576), (40, 1216, 1536)]
+
+
+@pytest.mark.parametrize("shape", DENSE)
 def test_logits(shape: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     tokens, out, columns = shape
@@ -302,10 +306,15 @@ def test_memory_for_panels_is_enough(count: int, monkeypatch: pytest.MonkeyPatch
             Group(*shape).run()
         for heads in ATTENTION:
             attended(heads)
-        grad, weight = torch.zeros(300, 608, dtype=BF16), torch.zeros(608, 96, dtype=BF16)
-        amx.dense_grad(grad, weight)
-        amx.dense(torch.zeros(300, 96, dtype=BF16), weight, grad)
-    assert len(given) == 2 * len(SHAPES) + 2 * len(ATTENTION) + 2
+        for shape in DENSE:
+            tokens, out, columns = shape
+            grad, weight = (
+                torch.zeros(tokens, out, dtype=BF16),
+                torch.zeros(out, columns, dtype=BF16),
+            )
+            amx.dense_grad(grad, weight)
+            amx.dense(torch.zeros(tokens, columns, dtype=BF16), weight, grad)
+    assert len(given) == 2 * len(SHAPES) + 2 * len(ATTENTION) + 2 * len(DENSE)
     assert all((work[-behind:] == 1.5).all() for work in given)
 
 

@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from falqon.kernels.native import amx, attention, build, ops
 from falqon.precision import FalqonPrecision
+from lit_modules import loss as loss_module
 from lit_modules.loss import supervised_loss
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
@@ -204,6 +205,21 @@ def test_loss_and_gradients(units: None, monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(ours[0], plain[0], rtol=1e-3, atol=0)
     for a, b in zip(ours[1:], plain[1:], strict=True):
         assert (a - b).norm() < 0.1 * b.norm()  # FP8 rounding of gradients that differ in a bit
+
+
+@pytest.mark.parametrize("rows", [20, 64])  # the last part of 64 has 14, fewer than a panel
+def test_loss_in_parts(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    weight, targets = torch.randn(160, 64).to(BF16) / 8, torch.randint(160, (78,))
+    hidden = torch.randn(78, 64).to(BF16).requires_grad_()
+    found = []
+    for size in (rows * 160 * 2, loss_module._LOGIT_BYTES):
+        monkeypatch.setattr(loss_module, "_LOGIT_BYTES", size)
+        summed = loss_module._LinearCrossEntropy.apply(hidden, weight, targets)
+        found.append((summed.detach(), *torch.autograd.grad(summed, hidden)))
+    (parts, of_parts), (whole, of_whole) = found
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=0)
+    assert (of_parts - of_whole).norm() < 0.01 * of_whole.norm()
 
 
 def test_loss_needs_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,7 +164,7 @@ void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, con
     const i64 whole = filled(tokens), far = whole + PANEL;  // again a panel further apart than long
     bf16 *of_weights = work, *of_adapters = of_weights + out * in;
     bf16 *of_proxies = of_adapters + thin * in, *columns = of_proxies + out * wide;
-    bf16* rest = columns + thin * far;  // for rows, then for panels of threads
+    bf16* rest = columns + thin * far;  // for rows, then for panels and sums of threads
     std::unique_ptr<Turn[]> turns;
     std::atomic<i64> panels_packed{0};
 #pragma omp parallel num_threads(int(team))

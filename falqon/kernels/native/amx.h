@@ -44,9 +44,9 @@ struct Tiles {
 // Left factor [rows, k], and panels of the right one.
 struct Product { const bf16* left; i64 stride; const bf16* panels; i64 k; };
 
-// Between two operations on tiles: fetch 256 bytes, and let some cycles pass. Where the core's other
-// hardware thread is busy, tiles that are loaded and multiplied in close succession are several times
-// slower than without it; like this, less so.
+// Between two operations on tiles: fetch 256 bytes, and do nothing for a moment. On a core that others
+// use as well (presumably its other hardware thread), tiles that are loaded and multiplied in close
+// succession take up to four times as long as on one that is free; set apart from each other, less.
 static inline void pause_with(const char* next) {
     for (int i = 0; i < 4; i++) _mm_prefetch(next + i * 64, _MM_HINT_T0);
     asm volatile("nop; nop; nop; nop; nop; nop; nop; nop");

@@ -1,4 +1,4 @@
-"""Typed wrappers of the C++ for AMX: matrix products of a group of melded layers, and attention.
+"""Typed wrappers of the C++ for AMX: products of melded layers, with an embedding, and attention.
 
 One call a direction, for processors with AMX. Sums run over the inner dimension from first to last,
 in float32, whatever the number of threads: the bits of torch's products, but where oneDNN starts a
@@ -275,7 +275,7 @@ def attention_grad(
 
 def takes_dense(weight: Tensor) -> bool:
     """Whether `dense` and `dense_grad` take a matrix W, [out, n]: whole panels of bfloat16."""
-    whole = weight.shape[0] % _PANEL == weight.shape[1] % _PANEL == 0
+    whole = weight.numel() > 0 and fits(_PANEL, weight.shape)
     return whole and weight.is_contiguous() and present()
 
 
@@ -289,7 +289,9 @@ def dense(x: Tensor, weight: Tensor, result: Tensor) -> None:
     """
     x = x.contiguous()
     (tokens, columns), out = x.shape, weight.shape[0]
-    assert tokens >= _PANEL and result.shape == (tokens, out) and result.is_contiguous()
+    assert tokens >= _PANEL and weight.shape == (out, columns) and takes_dense(weight)
+    assert result.shape == (tokens, out) and result.is_contiguous()
+    assert x.dtype == weight.dtype == result.dtype == torch.bfloat16
     team = torch.get_num_threads()
     work = _work("dense", *map(_INT, (tokens, columns, team)))
     sizes = (_INT(tokens), ops.at(weight), _INT(out), _INT(columns))
@@ -308,6 +310,8 @@ def dense_grad(grad: Tensor, weight: Tensor) -> Tensor:
     """
     grad = grad.contiguous()
     (tokens, out), columns = grad.shape, weight.shape[1]
+    assert weight.shape == (out, columns) and takes_dense(weight)
+    assert grad.dtype == weight.dtype == torch.bfloat16
     result = grad.new_empty(tokens, columns)
     team = torch.get_num_threads()
     work = _work("dense_grad", *map(_INT, (tokens, columns, team)))

@@ -1,7 +1,8 @@
 // The products with the output embedding, on processors with AMX: logits, and the gradient that comes
 // through it, which is summed over the whole vocabulary.
 //
-// A result is one thread's work, so that results do not depend on the number of threads.
+// A result is one thread's work, and its sum runs from first to last however many are added up at a time,
+// so that results do not depend on the number of threads.
 
 #include "amx.h"
 
@@ -9,8 +10,9 @@
 
 static const i64 ROWS = 64;   // rows of the gradient that are multiplied at a time
 static const i64 EARLY = 16;  // rows of the matrix are fetched so many ahead
+static const i64 SOON = 4;    // and rows of the gradient
 
-// Rows of the matrix that are added up at a time, if a thread has so many columns.
+// Rows of the matrix that are added up at a time by a thread with `wide` columns: they stay in its cache.
 static i64 depth_of(i64 wide) { return most(256, least(1024, RIGHT / (wide * 2) / PANEL * PANEL)); }
 
 // Columns of the widest thread's share.
@@ -33,11 +35,12 @@ i64 falqon_amx_dense_work(i64 tokens, i64 in, i64 team) {
 // as in amx.cpp.
 void falqon_amx_dense(const bf16* x, i64 tokens, const bf16* weight, i64 out, i64 in, bf16* result,
                       i64 team, bf16* work) {
-    const i64 apart = in + PANEL, together = panels_at_a_time(in), panels = out / PANEL;
+    const i64 panels = out / PANEL, apart = in + PANEL;  // further than long: see multiply in amx.cpp
     std::unique_ptr<Turn[]> turns;
 #pragma omp parallel num_threads(int(team))
     {
         const i64 id = omp_get_thread_num(), threads = omp_get_num_threads();
+        const i64 together = most(1, least(panels_at_a_time(in), panels / (3 * threads)));
         bf16 *left = work, *right = left + tokens * apart + id * together * in * PANEL;
 #pragma omp for schedule(static)
         for (i64 m = 0; m < tokens; m++) std::memcpy(left + m * apart, x + m * in, size_t(in) * 2);
@@ -97,7 +100,7 @@ void falqon_amx_dense_grad(const bf16* grad, i64 tokens, i64 out, const bf16* we
                 // is behind its last row makes sums that nobody asks for.
                 for (i64 m = 0; m < here; m++) {
                     const bf16* from = grad + (m0 + m) * out + k;
-                    fetch(from + 4 * out, deep);
+                    fetch(from + SOON * out, deep);
                     std::memcpy(left + m * apart, from, size_t(deep) * 2);
                 }
                 for (i64 m = 0; m < here; m += PANEL)
