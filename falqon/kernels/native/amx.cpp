@@ -210,8 +210,7 @@ void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, con
         // Columns of gradients whose sums over all tokens are a thread's work.
         i64 wanted = 0, pieces = 0;
         for (i64 l = 0; l < layers; l++) wanted += grad_proxies[l] ? outs[l] / PANEL : 0;
-        const i64 together =
-            most(1, least(TOGETHER, wanted / (3 * threads)));
+        const i64 together = most(1, least(TOGETHER, wanted / (3 * threads)));
         const auto pieces_of = [&](i64 l) {
             return grad_proxies[l] ? parts_of(outs[l] / PANEL, together) : 0;
         };
@@ -277,17 +276,19 @@ void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, con
             const i64 count = least(together, (outs[l] - begin) / PANEL);
             for (i64 t = 0; t < whole; t += DEEP) {
                 const i64 deep = least(DEEP, whole - t);
-                const Plain grad = {grads[l] + t * strides[l], strides[l], tokens - t, outs[l], EARLY};
+                const bf16* from = grads[l] + t * strides[l];
+                const Plain grad = {from, strides[l], tokens - t, outs[l], EARLY};
                 pack_columns(grad, begin, deep, panels, count);
                 const Product of = {columns + l * wide * far + t, far, panels, deep};
                 float* to = sums;
-                for (i64 p = 0; p < count; p++) for (i64 r = 0; r < wide; r += PANEL, to += PANEL * PANEL) {
-                    if (t) add_to(of, r, p, to, PANEL);
-                    else block(of, r, p, to);
-                }
+                for (i64 p = 0; p < count; p++)
+                    for (i64 r = 0; r < wide; r += PANEL, to += PANEL * PANEL) {
+                        if (t) add_to(of, r, p, to, PANEL);
+                        else block(of, r, p, to);
+                    }
             }
             const float* from = sums;
-            for (i64 p = 0; p < count; p++) for (i64 r = 0; r < wide; r += PANEL, from += PANEL * PANEL) {
+            for (i64 p = 0; p < count; p++) for (i64 r = 0; r < wide; r += PANEL) {
                 const i64 n = begin + p * PANEL;
                 for (i64 quarter = 0; quarter < 4; quarter++) {
                     i64 down = quarter / 2 * 16, across = quarter % 2 * 16;
@@ -303,6 +304,7 @@ void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, con
                                               _mm512_mul_ps(value, _mm512_set1_ps(factors[l])));
                     }
                 }
+                from += PANEL * PANEL;
             }
         });
     }

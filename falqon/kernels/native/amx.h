@@ -334,7 +334,8 @@ static inline void pack_columns(const Source& source, i64 column, i64 k, bf16* p
 }
 
 // 16 columns of the source, from `column` on, as rows of `k` values that are `stride` apart.
-static inline void transpose_columns(const Plain& source, i64 column, i64 k, bf16* out, i64 stride) {
+static inline void transpose_columns(const Plain& source, i64 column, i64 k, bf16* out,
+                                     i64 stride) {
     for (i64 row = 0; row < k; row += PANEL) {
         __m512i r[16], two[2];
         for (i64 i = 0; i < 16; i++) {

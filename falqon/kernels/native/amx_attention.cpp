@@ -267,8 +267,9 @@ void falqon_amx_attention_grad(const bf16* grad, i64 grad_stride, const bf16* ke
                 const Plain all_p = {p, wide, count, wide}, all_dp = {dp, wide, count, wide};
                 for (i64 s = span.low; s < span.high; s += PANEL) {
                     for (i64 half = 0; half < PANEL; half += 16) {
-                        transpose_columns(all_p, s - span.low + half, count, p_across + half * count, count);
-                        transpose_columns(all_dp, s - span.low + half, count, dp_across + half * count, count);
+                        const i64 from = s - span.low + half, to = half * count;
+                        transpose_columns(all_p, from, count, p_across + to, count);
+                        transpose_columns(all_dp, from, count, dp_across + to, count);
                     }
                     const Product of_v = {p_across, count, g_columns, count};
                     const Product of_k = {dp_across, count, q_columns, count};

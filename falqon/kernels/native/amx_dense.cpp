@@ -12,7 +12,8 @@ static const i64 ROWS = 64;   // rows of the gradient that are multiplied at a t
 static const i64 EARLY = 16;  // rows of the matrix are fetched so many ahead
 static const i64 SOON = 4;    // and rows of the gradient
 
-// Rows of the matrix that are added up at a time by a thread with `wide` columns: they stay in its cache.
+// Rows of the matrix that are added up at a time by a thread with `wide` columns: they stay in its
+// cache.
 static i64 depth_of(i64 wide) { return most(256, least(1024, RIGHT / (wide * 2) / PANEL * PANEL)); }
 
 // Columns of the widest thread's share.
