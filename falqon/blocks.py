@@ -284,16 +284,24 @@ class GroupedDecoderLayer(nn.Module):
         )
         others = (attend, mlp, *norms, mlp.act_fn, first, second, activation)
         weights = (norms[0].weight, norms[1].weight)
-        if not decoder.takes(groups, others, x, weights, attend.head_dim):
+        d = attend.head_dim
+        melded = decoder.melded_layers(groups, others, x, weights, d)
+        if melded is None:
             return None
-        heads, kv = (groups[0][i].out_features // attend.head_dim for i in (0, 1))
+        heads, kv = melded.outs[0] // d, melded.outs[1] // d
         batch, length, _ = x.shape
         ranges = attend.native_ranges((batch, length, heads, kv), rotation, mask, options)
         if ranges is None:
             return None
-        live = tuple(layers[0].live for layers in groups)
-        normed = (first, second)
-        return decoder.Decoder(groups, live, weights, normed, heads, kv, ranges, attend.scaling)
+        shape = decoder.Shape(
+            melded.groups,
+            melded.outs,
+            melded.factors,
+            (first.eps, second.eps),
+            *(batch, length, heads, kv, d),
+            attend.scaling,
+        )
+        return decoder.Decoder(shape, melded, weights, ranges)
 
 
 def _normed(norm: nn.Module, block: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, nn.Module]]:

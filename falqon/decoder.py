@@ -10,7 +10,6 @@ Shapes: b rows of s tokens, T = b s, n features, d values in a head.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -20,71 +19,98 @@ from torch.autograd.function import once_differentiable
 from falqon.groups import run_together
 from falqon.kernels import RmsNormQuantize, SwigluQuantize
 from falqon.kernels.native import amx, amx_decoder, melded, ops
+from falqon.kernels.native.amx_decoder import MEMBERS, Group, Shape
 from falqon.kernels.native.attention import Ranges
 from falqon.linear import MeldedLinear, has_hooks, is_as_made
+
+
+class Melded(NamedTuple):
+    """The melded layers of a decoder layer, in the order in which they are applied.
+
+    Attributes:
+        groups: what those that share an input have in common: q/k/v, o, gate/up, down.
+        outs: of each layer, its output features.
+        factors: of each, that of its B.
+        tensors: of each, codes, scale, B and bias.
+    """
+
+    groups: tuple[Group, ...]
+    outs: tuple[int, ...]
+    factors: tuple[float, ...]
+    tensors: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]]
 
 
 class Decoder(NamedTuple):
     """A decoder layer's parts.
 
     Attributes:
-        groups: melded layers that share an input, in the order in which they are applied: q/k/v, o,
-            gate/up, down.
-        live: whether the change that is pending acts, for each group.
+        shape: sizes and numbers.
+        melded: its melded layers.
         norms: weights of the norms before q/k/v and gate/up, [n].
-        normed: these norms, each with the quantiser of what it makes.
-        heads, kv: numbers of heads of queries and of keys.
         ranges: which keys each query sees.
-        scaling: of the scores.
     """
 
-    groups: tuple[Sequence[MeldedLinear], ...]
-    live: tuple[bool, ...]
+    shape: Shape
+    melded: Melded
     norms: tuple[Tensor, Tensor]
-    normed: tuple[RmsNormQuantize, RmsNormQuantize]
-    heads: int
-    kv: int
     ranges: Ranges
-    scaling: float
 
 
-def takes(
+def melded_layers(
     groups: Sequence[Sequence[nn.Module]],
     modules: Sequence[nn.Module],
     x: Tensor,
     norms: Sequence[Tensor],
     d: int,
-) -> bool:
-    """Whether melded layers can be part of a decoder layer that is run as one.
+) -> Melded | None:
+    """The melded layers of a decoder layer, if it can be run as one.
 
     Not while a profiler is running: it is to see the parts.
 
     Args:
-        groups: of melded layers that share an input, as in `Decoder`.
-        modules: everything else that would not be called then.
+        groups: of melded layers that share an input, as in `Melded`.
+        modules: everything else that would not be called then; the last three are the norms and
+            the activation, each with the quantiser of what it makes.
         x: the decoder layer's input, [b, s, n].
-        norms: weights of the norms.
+        norms: weights of the norms, [n].
         d: values in a head.
     """
     if not ops.usable(x, *norms) or torch.autograd._profiler_enabled() or not amx.attends(d):
-        return False
+        return None
     if torch.nn.modules.module._has_any_global_hook() or not all(map(_is_untouched, modules)):
-        return False
+        return None
     kinds = {type(module) for module in modules[-3:]}
     if kinds != {RmsNormQuantize, SwigluQuantize} or not ops.sums_as_torch():
-        return False
-    sides = []
+        return None
+    if tuple(map(len, groups)) != MEMBERS:
+        return None
+    common: list[Group] = []
+    outs: list[int] = []
+    factors: list[float] = []
+    tensors: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
     for layers in groups:
-        if not run_together(layers) or any("forward" in vars(layer) for layer in layers):
-            return False
+        if not run_together(layers):
+            return None
         own: Sequence[MeldedLinear] = layers  # type: ignore[assignment]
-        if not (is_as_made(own) and melded.follows(own[0].recipe)):
-            return False
-        found = [_sides(layer, own[0].rank) for layer in own]
-        if None in found:
-            return False
-        sides.append(found)
-    return _fit(sides, x, norms, d)  # type: ignore[arg-type]
+        first = own[0]
+        rank, recipe = first.rank, first.recipe
+        if not (is_as_made(own) and melded.follows(recipe)):
+            return None
+        sides = set()
+        for layer in own:
+            found = _tensors(layer, rank)
+            if found is None or "forward" in vars(layer):
+                return None
+            rows, columns = found[0].shape
+            sides.add(columns)
+            outs.append(rows - rank)
+            factors.append(layer.lora_scaling)
+            tensors.append(found)
+        if len(sides) > 1:
+            return None
+        common.append(Group(sides.pop(), rank, recipe.emulate == "fp8", first.live))
+    made = Melded(tuple(common), tuple(outs), tuple(factors), tensors)
+    return made if _fit(made, x, norms, d) else None
 
 
 def _is_untouched(module: nn.Module) -> bool:
@@ -92,44 +118,42 @@ def _is_untouched(module: nn.Module) -> bool:
     return not has_hooks(module) and "forward" not in vars(module)
 
 
-def _sides(layer: MeldedLinear, rank: int) -> tuple[int, int] | None:
-    """Input and output features of a layer whose parameters are as they were made, else None."""
-    codes, scale, proxy = map(layer._parameters.get, ("codes", "scale", "B"))
-    bias = layer.bias
+def _tensors(
+    layer: MeldedLinear, rank: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
+    """Codes, scale, B and bias of a layer whose parameters are as they were made, else None."""
+    codes, scale, proxy, bias = map(layer._parameters.get, ("codes", "scale", "B", "bias"))
     for t in (codes, scale, proxy):
         if type(t) is not nn.Parameter or not (t.is_cpu and t.is_contiguous()):
             return None
     assert codes is not None and scale is not None and proxy is not None
-    rows, columns = codes.shape
     if scale.dtype != torch.float32 or proxy.dtype != torch.float32:
         return None
-    if proxy.shape != (rows - rank, rank):
+    out = codes.shape[0] - rank
+    if proxy.shape != (out, rank):
         return None
     if bias is not None:
         frozen = ops.usable(bias) and bias.is_contiguous() and not bias.requires_grad
-        if not frozen or bias.shape != (rows - rank,):
+        if not frozen or bias.shape != (out,):
             return None
-    return columns, rows - rank
+    return codes, scale, proxy, bias
 
 
-def _fit(
-    sides: Sequence[Sequence[tuple[int, int]]], x: Tensor, norms: Sequence[Tensor], d: int
-) -> bool:
+def _fit(of: Melded, x: Tensor, norms: Sequence[Tensor], d: int) -> bool:
     """Whether AMX takes these sizes, and each part what the one before gives.
 
     The modules say so where it does not.
     """
-    if [len(layers) for layers in sides] != [3, 1, 2, 1]:
-        return False
-    (q, k, v), (output,), (gate, up), (down,) = sides
+    into = [group.inputs for group in of.groups]
+    q, k, v, output, gate, up, down = of.outs
     n = x.shape[-1]
     return (
-        amx.fits(x.shape[:-1].numel(), [side for some in sides for both in some for side in both])
-        and q[0] == k[0] == v[0] == output[1] == gate[0] == up[0] == down[1] == n
-        and q[1] == output[0]
-        and k[1] == v[1]
-        and gate[1] == up[1] == down[0]
-        and q[1] % d == k[1] % d == 0
+        amx.fits(x.shape[:-1].numel(), [*into, *of.outs])
+        and into == [n, q, n, gate]
+        and output == down == n
+        and k == v
+        and gate == up
+        and q % d == k % d == 0
         and all(norm.shape == (n,) and norm.is_contiguous() for norm in norms)
     )
 
@@ -138,14 +162,14 @@ def apply_decoder(parts: Decoder, hidden_states: Tensor, rotation: tuple[Tensor,
     """Apply a decoder layer.
 
     Args:
-        parts: of which `takes` said that they can be.
+        parts: which keep their tensors in place.
         hidden_states: [b, s, n].
         rotation: cosines and sines, [b or 1, s, d].
 
     Returns:
         [b, s, n].
     """
-    proxies = [layer.B for layer in chain.from_iterable(parts.groups)]
+    proxies = [proxy for _, _, proxy, _ in parts.melded.tensors]
     out: Tensor = _DecoderFunction.apply(parts, *rotation, hidden_states, *proxies)
     return out
 
@@ -156,19 +180,20 @@ class _DecoderFunction(torch.autograd.Function):
         ctx: Any, parts: Decoder, cos: Tensor, sin: Tensor, hidden_states: Tensor, *_: Tensor
     ) -> Tensor:
         x = hidden_states.contiguous()
-        layers = list(chain.from_iterable(parts.groups))
-        pairs = zip(parts.groups, parts.live, strict=True)
-        tensors = [
-            *(cos.contiguous(), sin.contiguous(), *parts.norms),
-            *(layer.codes for layer in layers),
-            *(layer.scale for layer in layers),
-            *(layer.B for some, live in pairs if live for layer in some),
-        ]
-        out, kept = _plan(parts, tensors).forward(x)
+        shape, of, seen = parts.shape, parts.melded, parts.ranges
+        codes, scales, proxies, biases = zip(*of.tensors, strict=True)
+        acting = [group.pending for group in of.groups]
+        if not all(acting):
+            live = [act for act, n in zip(acting, MEMBERS, strict=True) for _ in range(n)]
+            proxies = tuple(p if act else None for p, act in zip(proxies, live, strict=True))
+        tables = (cos.contiguous(), sin.contiguous())
+        others = (*tables, *parts.norms, seen.first, seen.last)
+        tensors = (*others, *codes, *scales, *proxies, *biases)
+        out, kept = amx_decoder.forward(shape, tensors, x)
         # Of what is saved autograd notices if it is changed before the backward pass; and a saved
         # parameter is what FSDP2 has gathered again by then.
         ctx.save_for_backward(x, *kept, *tensors)
-        ctx.parts = parts
+        ctx.shape = shape
         return out
 
     @staticmethod
@@ -176,41 +201,8 @@ class _DecoderFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, up, rest, *tensors = ctx.saved_tensors
         _, _, _, want_input, *want_proxies = ctx.needs_input_grad
-        of_input, of_proxies = _plan(ctx.parts, tensors).backward(
-            grad.contiguous(), x, (gate, up, rest), want_input, want_proxies
+        kept = (gate, up, rest)
+        of_input, of_proxies = amx_decoder.backward(
+            ctx.shape, tensors, grad.contiguous(), x, kept, want_input, want_proxies
         )
         return None, None, None, of_input, *of_proxies
-
-
-def _plan(parts: Decoder, tensors: Sequence[Tensor]) -> amx_decoder.Plan:
-    """With cosines, sines, weights of norms, codes, scales, and B where it is live."""
-    cos, sin, first_norm, second_norm, *rest = tensors
-    number = sum(map(len, parts.groups))
-    codes, scales, proxies = rest[:number], rest[number : 2 * number], rest[2 * number :]
-    groups, at, acting = [], 0, 0
-    for layers, live in zip(parts.groups, parts.live, strict=True):
-        first, end = layers[0], at + len(layers)
-        acting_end = acting + len(layers) * live
-        group = amx_decoder.Group(
-            codes[at:end],
-            scales[at:end],
-            proxies[acting:acting_end],
-            [layer.bias for layer in layers],
-            [layer.lora_scaling for layer in layers],
-            first.rank,
-            first.recipe.emulate == "fp8",
-        )
-        groups.append(group)
-        at, acting = end, acting_end
-    return amx_decoder.Plan(
-        groups,
-        (first_norm, second_norm),
-        [norm.eps for norm in parts.normed],
-        parts.heads,
-        parts.kv,
-        cos,
-        sin,
-        parts.ranges.first,
-        parts.ranges.last,
-        parts.scaling,
-    )

@@ -7,30 +7,33 @@
 
 #ifdef FALQON_HAS_AMX
 
+static const i64 GROUPS = 4, LAYERS = 7;  // q/k/v, o, gate/up and down
+
 extern "C" {
 
-// Melded layers with one input; as falqon_amx_matmul takes them. `proxies` and `biases` are null where
-// there are none.
-struct FalqonGroup {
-    i64 layers, in, rank, quantised;
-    i64 outs[3];
-    const uint8_t* codes[3];
-    const float *scales[3], *proxies[3];
-    const bf16* biases[3];
-    float factors[3];
-};
+// What melded layers with one input have in common. `pending`: changes act.
+struct FalqonGroup { i64 in, rank, quantised, pending; };
 
-// The groups are q/k/v, o, gate/up and down; the norms those before the first and the third.
+// Sizes of a layer and what it is made of, but for its tensors. The norms are those before q/k/v and
+// gate/up.
 struct FalqonDecoder {
-    FalqonGroup groups[4];
-    const bf16* norms[2];
+    FalqonGroup groups[GROUPS];
+    i64 outs[LAYERS];
+    float factors[LAYERS];
     float eps[2];
-    i64 batch, length, kv, group, d;
-    const bf16 *cos, *sin;
-    i64 table_stride;
-    const int32_t *first, *last;
+    i64 batch, length, kv, group, d, table_stride;
     float scaling;
     i64 team;
+};
+
+// Where its tensors are; as falqon_amx_matmul and falqon_amx_attention take them. `biases` are null where
+// there are none, and `proxies` where no change acts.
+struct FalqonTensors {
+    const bf16 *cos, *sin, *norms[2];
+    const int32_t *first, *last;
+    const uint8_t* codes[LAYERS];
+    const float *scales[LAYERS], *proxies[LAYERS];
+    const bf16* biases[LAYERS];
 };
 }
 
@@ -50,21 +53,25 @@ struct Cut {
 struct Sizes {
     i64 tokens, hidden, heads, keys, inner;
     explicit Sizes(const FalqonDecoder& of)
-        : tokens(of.batch * of.length), hidden(of.groups[0].in), heads(of.groups[0].outs[0]),
-          keys(of.groups[0].outs[1]), inner(of.groups[3].in) {}
+        : tokens(of.batch * of.length), hidden(of.groups[0].in), heads(of.outs[0]),
+          keys(of.outs[1]), inner(of.groups[3].in) {}
 };
+
+// Which of the layers a group has.
+struct Members { i64 first, count; };
+const Members MEMBERS[GROUPS] = {{0, 3}, {3, 1}, {4, 2}, {6, 1}};
 
 // What backward needs of forward. Adapters' outputs of a group are side by side.
 struct Kept {
     float* inverse[2];
-    bf16 *adapters[4], *q, *k, *v, *middle;
+    bf16 *adapters[GROUPS], *q, *k, *v, *middle;
     i64 size;
     Kept(const FalqonDecoder& of, bf16* memory) {
         const Sizes n(of);
         Cut cut = {memory};
         for (float*& of_norm : inverse) of_norm = reinterpret_cast<float*>(cut.part(2 * n.tokens));
-        for (i64 i = 0; i < 4; i++)
-            adapters[i] = cut.part(n.tokens * of.groups[i].layers * of.groups[i].rank);
+        for (i64 i = 0; i < GROUPS; i++)
+            adapters[i] = cut.part(n.tokens * MEMBERS[i].count * of.groups[i].rank);
         const i64 heads = of.batch * of.kv * of.d;
         q = cut.part(heads * filled(of.length * of.group));
         k = cut.part(heads * filled(of.length));
@@ -119,26 +126,30 @@ void add_bias(const bf16* bias, const bf16* onto, i64 tokens, i64 n, bf16* to) {
         }
 }
 
-void multiply(const FalqonDecoder& of, const FalqonGroup& by, const Left& x, const bf16* onto,
-              bf16* const* results, bf16* adapters, bf16* work) {
-    const i64 tokens = of.batch * of.length;
-    ::multiply(by.layers, x, tokens, by.in, by.codes, by.scales, by.outs, by.rank,
-               by.proxies[0] ? by.proxies : nullptr, by.factors, by.biases[0] ? nullptr : onto,
+void multiply(const FalqonDecoder& of, const FalqonTensors& with, i64 group, const Left& x,
+              const bf16* onto, bf16* const* results, bf16* adapters, bf16* work) {
+    const FalqonGroup& by = of.groups[group];
+    const i64 tokens = of.batch * of.length, at = MEMBERS[group].first, count = MEMBERS[group].count;
+    const bf16* const* biases = with.biases + at;
+    ::multiply(count, x, tokens, by.in, with.codes + at, with.scales + at, of.outs + at, by.rank,
+               by.pending ? with.proxies + at : nullptr, of.factors + at, biases[0] ? nullptr : onto,
                results, adapters, of.team, work);
-    for (i64 l = 0; l < by.layers; l++)
-        if (by.biases[l]) add_bias(by.biases[l], onto, tokens, by.outs[l], results[l]);
+    for (i64 l = 0; l < count; l++)
+        if (biases[l]) add_bias(biases[l], onto, tokens, of.outs[at + l], results[l]);
 }
 
-void multiply_back(const FalqonDecoder& of, const FalqonGroup& by, const bf16* const* grads,
-                   const Gradients& made, const bf16* adapters, bf16* grad_input,
-                   float* const* grad_proxies, bf16* work) {
-    const bf16* parts[3];
-    i64 strides[3];
-    for (i64 l = 0; l < by.layers; l++)
-        parts[l] = adapters + l * by.rank, strides[l] = by.layers * by.rank;
-    ::multiply_back(by.layers, grads, by.outs, made, of.batch * of.length, by.in, by.codes,
-                    by.scales, by.outs, by.rank, by.proxies[0] ? by.proxies : nullptr, by.factors,
-                    by.quantised, parts, strides, grad_input, grad_proxies, of.team, work);
+void multiply_back(const FalqonDecoder& of, const FalqonTensors& with, i64 group,
+                   const bf16* const* grads, const Gradients& made, const bf16* adapters,
+                   bf16* grad_input, float* const* grad_proxies, bf16* work) {
+    const FalqonGroup& by = of.groups[group];
+    const i64 at = MEMBERS[group].first, count = MEMBERS[group].count;
+    const bf16* parts[LAYERS];
+    i64 strides[LAYERS];
+    for (i64 l = 0; l < count; l++) parts[l] = adapters + l * by.rank, strides[l] = count * by.rank;
+    ::multiply_back(count, grads, of.outs + at, made, of.batch * of.length, by.in, with.codes + at,
+                    with.scales + at, of.outs + at, by.rank, by.pending ? with.proxies + at : nullptr,
+                    of.factors + at, by.quantised, parts, strides, grad_input, grad_proxies + at,
+                    of.team, work);
 }
 
 const i64 EARLY = 2;  // rows that are fetched ahead
@@ -200,11 +211,13 @@ void falqon_amx_decoder_sizes(const FalqonDecoder* of, i64* memory, i64* work, i
     const Sizes n(*of);
     i64 most_of = falqon_amx_attention_work(of->batch, of->length, of->kv, of->d, of->team);
     i64 most_back = falqon_amx_attention_grad_work(of->length, of->d, of->team);
-    for (const FalqonGroup& by : of->groups) {
-        most_of = most(most_of, falqon_amx_matmul_work(by.layers, by.outs, by.in, by.rank, n.tokens, 1,
+    for (i64 i = 0; i < GROUPS; i++) {
+        const FalqonGroup& by = of->groups[i];
+        const i64 *outs = of->outs + MEMBERS[i].first, count = MEMBERS[i].count;
+        most_of = most(most_of, falqon_amx_matmul_work(count, outs, by.in, by.rank, n.tokens, 1,
                                                        of->team));
-        most_back = most(most_back, falqon_amx_matmul_grad_work(by.layers, by.outs, by.in, by.rank,
-                                                                n.tokens, of->team));
+        most_back = most(most_back, falqon_amx_matmul_grad_work(count, outs, by.in, by.rank, n.tokens,
+                                                                of->team));
     }
     *memory = Kept(*of, nullptr).size;
     *work = Passing(*of, nullptr).size + most_of;
@@ -213,73 +226,75 @@ void falqon_amx_decoder_sizes(const FalqonDecoder* of, i64* memory, i64* work, i
 
 // A layer's output from its input, [tokens, hidden]; gate and up, [tokens, inner], and `memory` are for
 // the backward pass.
-void falqon_amx_decoder(const FalqonDecoder* decoder, const bf16* x, bf16* out, bf16* gate, bf16* up,
-                        bf16* memory, bf16* work) {
+void falqon_amx_decoder(const FalqonDecoder* decoder, const FalqonTensors* tensors, const bf16* x,
+                        bf16* out, bf16* gate, bf16* up, bf16* memory, bf16* work) {
     const FalqonDecoder& of = *decoder;
+    const FalqonTensors& with = *tensors;
     const Sizes n(of);
     const Kept kept(of, memory);
     const Passing by_the_way(of, work);
     bf16 *rest = by_the_way.rest, *attended = by_the_way.attended;
     const FalqonGroup* groups = of.groups;
-    const Normed first = {x, of.norms[0], of.eps[0], kept.inverse[0], n.hidden, groups[0].quantised};
+    const Normed first = {x, with.norms[0], of.eps[0], kept.inverse[0], n.hidden, groups[0].quantised};
     bf16* const heads[] = {by_the_way.q, by_the_way.k, by_the_way.v};
-    multiply(of, groups[0], {nullptr, Normed::make, &first}, nullptr, heads, kept.adapters[0], rest);
-    falqon_amx_attention(heads[0], n.heads, heads[1], n.keys, heads[2], n.keys, of.cos, of.sin,
-                         of.table_stride, of.first, of.last, of.batch, of.length, of.kv, of.group,
+    multiply(of, with, 0, {nullptr, Normed::make, &first}, nullptr, heads, kept.adapters[0], rest);
+    falqon_amx_attention(heads[0], n.heads, heads[1], n.keys, heads[2], n.keys, with.cos, with.sin,
+                         of.table_stride, with.first, with.last, of.batch, of.length, of.kv, of.group,
                          of.d, of.scaling, kept.q, kept.k, kept.v, attended, of.team, rest);
     const Quantised rounded = {attended, n.heads};
     const Left plain = {attended, nullptr, nullptr}, fp8 = {nullptr, Quantised::make, &rounded};
-    multiply(of, groups[1], groups[1].quantised ? fp8 : plain, x, &kept.middle, kept.adapters[1],
+    multiply(of, with, 1, groups[1].quantised ? fp8 : plain, x, &kept.middle, kept.adapters[1],
              rest);
-    const Normed second = {kept.middle,     of.norms[1], of.eps[1],
-                           kept.inverse[1], n.hidden,    groups[2].quantised};
+    const Normed second = {kept.middle,     with.norms[1], of.eps[1],
+                           kept.inverse[1], n.hidden,      groups[2].quantised};
     bf16* const gated[] = {gate, up};
-    multiply(of, groups[2], {nullptr, Normed::make, &second}, nullptr, gated, kept.adapters[2], rest);
+    multiply(of, with, 2, {nullptr, Normed::make, &second}, nullptr, gated, kept.adapters[2], rest);
     const Gated activated = {gate, up, n.inner, groups[3].quantised};
-    multiply(of, groups[3], {nullptr, Gated::make, &activated}, kept.middle, &out, kept.adapters[3],
+    multiply(of, with, 3, {nullptr, Gated::make, &activated}, kept.middle, &out, kept.adapters[3],
              rest);
 }
 
-// Gradients of the input, if it is not null, and of the B that have a place for one, in the order of
-// the groups, three for each.
-void falqon_amx_decoder_grad(const FalqonDecoder* decoder, const bf16* grad, const bf16* x,
-                             const bf16* gate, const bf16* up, bf16* memory, bf16* grad_input,
-                             float* const* grad_proxies, bf16* work) {
+// Gradients of the input, if it is not null, and of the B that have a place for one, in their order.
+void falqon_amx_decoder_grad(const FalqonDecoder* decoder, const FalqonTensors* tensors, const bf16* grad,
+                             const bf16* x, const bf16* gate, const bf16* up, bf16* memory,
+                             bf16* grad_input, float* const* grad_proxies, bf16* work) {
     const FalqonDecoder& of = *decoder;
+    const FalqonTensors& with = *tensors;
     const Sizes n(of);
     const Kept kept(of, memory);
     const PassingBack by_the_way(of, work);
     bf16 *values = by_the_way.values, *rest = by_the_way.rest;
-    bool below[5] = {grad_input != nullptr};  // whether anything before a group needs a gradient
-    for (i64 i = 0; i < 4; i++) {
+    bool below[GROUPS + 1] = {grad_input != nullptr};  // whether anything before a group needs a gradient
+    for (i64 i = 0; i < GROUPS; i++) {
         below[i + 1] = below[i];
-        for (i64 l = 0; l < of.groups[i].layers; l++) below[i + 1] |= grad_proxies[3 * i + l] != nullptr;
+        for (i64 l = 0; l < MEMBERS[i].count; l++)
+            below[i + 1] |= grad_proxies[MEMBERS[i].first + l] != nullptr;
     }
-    if (!below[4]) return;
+    if (!below[GROUPS]) return;
     const Gradients there = {nullptr, nullptr};
-    multiply_back(of, of.groups[3], &grad, there, kept.adapters[3], below[3] ? values : nullptr,
-                  grad_proxies + 9, rest);
+    multiply_back(of, with, 3, &grad, there, kept.adapters[3], below[3] ? values : nullptr,
+                  grad_proxies, rest);
     if (!below[3]) return;
     const bf16* const gated[] = {by_the_way.gate, by_the_way.up};
     const GatedBack activated = {values, gate, up, by_the_way.gate, by_the_way.up, n.inner};
-    multiply_back(of, of.groups[2], gated, {GatedBack::make, &activated}, kept.adapters[2],
-                  below[2] ? by_the_way.normed : nullptr, grad_proxies + 6, rest);
+    multiply_back(of, with, 2, gated, {GatedBack::make, &activated}, kept.adapters[2],
+                  below[2] ? by_the_way.normed : nullptr, grad_proxies, rest);
     if (!below[2]) return;
     const bf16* const middle = by_the_way.middle;
-    falqon_rms_norm_grad(by_the_way.normed, kept.middle, of.norms[1], kept.inverse[1], grad, n.tokens,
+    falqon_rms_norm_grad(by_the_way.normed, kept.middle, with.norms[1], kept.inverse[1], grad, n.tokens,
                          n.hidden, by_the_way.middle);
-    multiply_back(of, of.groups[1], &middle, there, kept.adapters[1],
-                  below[1] ? by_the_way.attended : nullptr, grad_proxies + 3, rest);
+    multiply_back(of, with, 1, &middle, there, kept.adapters[1],
+                  below[1] ? by_the_way.attended : nullptr, grad_proxies, rest);
     if (!below[1]) return;
     const bf16* const heads[] = {by_the_way.q, by_the_way.k, by_the_way.v};
-    falqon_amx_attention_grad(by_the_way.attended, n.heads, kept.q, kept.k, kept.v, of.cos, of.sin,
-                              of.table_stride, of.first, of.last, of.batch, of.length, of.kv,
+    falqon_amx_attention_grad(by_the_way.attended, n.heads, kept.q, kept.k, kept.v, with.cos, with.sin,
+                              of.table_stride, with.first, with.last, of.batch, of.length, of.kv,
                               of.group, of.d, of.scaling, by_the_way.q, by_the_way.k,
                               by_the_way.v, of.team, rest);
-    multiply_back(of, of.groups[0], heads, there, kept.adapters[0],
+    multiply_back(of, with, 0, heads, there, kept.adapters[0],
                   below[0] ? by_the_way.normed : nullptr, grad_proxies, rest);
     if (!below[0]) return;
-    falqon_rms_norm_grad(by_the_way.normed, x, of.norms[0], kept.inverse[0], middle, n.tokens, n.hidden,
+    falqon_rms_norm_grad(by_the_way.normed, x, with.norms[0], kept.inverse[0], middle, n.tokens, n.hidden,
                          grad_input);
 }
 }
