@@ -118,9 +118,7 @@ def _is_untouched(module: nn.Module) -> bool:
     return not has_hooks(module) and "forward" not in vars(module)
 
 
-def _tensors(
-    layer: MeldedLinear, rank: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
+def _tensors(layer: MeldedLinear, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
     """Codes, scale, B and bias of a layer whose parameters are as they were made, else None."""
     codes, scale, proxy, bias = map(layer._parameters.get, ("codes", "scale", "B", "bias"))
     for t in (codes, scale, proxy):

@@ -194,7 +194,12 @@ def test_layers_are_those_of_plain_torch(
         grads = [b.B.grad for b in plugin.layers.values() if b.B.grad is not None]
         assert len(grads) == 4
         results.append([mlp, heads, given.grad, *grads])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))  # type: ignore[arg-type]
+    for plain, ours in zip(*results, strict=True):
+        assert plain is not None and ours is not None
+        if live and amx.present():  # what is pending is not rounded by itself
+            assert (plain - ours).norm() < 0.01 * plain.norm()
+        else:
+            assert torch.equal(plain, ours)
 
 
 def test_loss_and_gradients(units: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,8 +32,8 @@ i64 falqon_amx_matmul_work(i64 layers, const i64* outs, i64 in, i64 rank, i64 to
 }
 }
 
-// O_A_i = x A_i^T, side by side, and O_i = x W_i^T + O_A_i B_i^T, rounded. With `onto` [tokens, out] it
-// is added to the only layer's output, and the sum rounded. `team`: how many threads may work
+// O_A_i = x A_i^T, rounded, side by side, and O_i = O_A_i B_i^T + x W_i^T, rounded. With `onto` [tokens,
+// out] that is added to the only layer's output, and the sum rounded. `team`: how many threads may work
 // on it, whatever OpenMP would take; `work` has room for them.
 void multiply(i64 layers, const Left& x, i64 tokens, i64 in, const uint8_t* const* codes,
               const float* const* scales, const i64* outs, i64 rank, const float* const* proxies,
@@ -154,7 +154,7 @@ void falqon_amx_matmul_grad(i64 layers, const bf16* const* grads, const i64* str
 }
 }
 
-// dL/dx = Q(g) W + (g B) A over all layers, if wanted, and dL/dB_i = g_i^T O_A_i, where wanted.
+// dL/dx = (g B) A + Q(g) W over all layers, if wanted, and dL/dB_i = g_i^T O_A_i, where wanted.
 void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, const Gradients& made,
                    i64 tokens, i64 in, const uint8_t* const* codes, const float* const* scales,
                    const i64* outs, i64 rank, const float* const* proxies, const float* factors,

@@ -52,8 +52,15 @@ static inline void pause_with(const char* next) {
     asm volatile("nop; nop; nop; nop; nop; nop; nop; nop");
 }
 
-// Sums of a block; `between(step)` is called between the multiplications of each 32 k.
-template <class Between>
+// Tiles of a panel that will not be needed again soon pass by the first-level cache.
+#define FALQON_LOAD_PANEL(tile, at)                     \
+    do {                                                \
+        if (PASSING) _tile_stream_loadd(tile, at, 128); \
+        else _tile_loadd(tile, at, 128);                \
+    } while (0)
+
+// Add a product's block to the sums; `between(step)` is called between the multiplications of each 32 k.
+template <bool PASSING, class Between>
 static inline void add_product(const Product& of, i64 row, i64 panel, Between between) {
     const bf16 *a = of.left + row * of.stride, *b = of.panels + panel * of.k * PANEL;
     i64 bytes = of.stride * 2;
@@ -61,7 +68,7 @@ static inline void add_product(const Product& of, i64 row, i64 panel, Between be
         const char* next = reinterpret_cast<const char*>(b) + AHEAD;
         _tile_loadd(4, a + k, bytes);
         pause_with(next);
-        _tile_loadd(6, b, 128);
+        FALQON_LOAD_PANEL(6, b);
         pause_with(next + 256);
         _tile_dpbf16ps(0, 4, 6);
         pause_with(next + 512);
@@ -70,7 +77,7 @@ static inline void add_product(const Product& of, i64 row, i64 panel, Between be
         between(k / PANEL);
         _tile_dpbf16ps(2, 5, 6);
         pause_with(next + 1024);
-        _tile_loadd(7, b + PANEL, 128);
+        FALQON_LOAD_PANEL(7, b + PANEL);
         pause_with(next + 1280);
         _tile_dpbf16ps(1, 4, 7);
         pause_with(next + 1536);
@@ -79,22 +86,30 @@ static inline void add_product(const Product& of, i64 row, i64 panel, Between be
     }
 }
 
+#undef FALQON_LOAD_PANEL
+
 struct Nothing { void operator()(i64) const {} };
 
-// The sums of a product's block, [32, 32].
-template <class Between = Nothing>
-static inline void block(const Product& of, i64 row, i64 panel, float* sums,
-                         Between between = Nothing()) {
+static inline void begin_sums() {
     asm volatile("" : : : "memory");  // loads of tiles are not said to read memory
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    add_product(of, row, panel, between);
-    _tile_stored(0, sums, 128);
-    _tile_stored(1, sums + 16, 128);
-    _tile_stored(2, sums + 512, 128);
-    _tile_stored(3, sums + 528, 128);
+}
+
+static inline void store_sums(float* sums, i64 stride) {
+    _tile_stored(0, sums, stride * 4);
+    _tile_stored(1, sums + 16, stride * 4);
+    _tile_stored(2, sums + 16 * stride, stride * 4);
+    _tile_stored(3, sums + 16 * stride + 16, stride * 4);
+}
+
+// The sums of a product's block, [32, 32].
+static inline void block(const Product& of, i64 row, i64 panel, float* sums) {
+    begin_sums();
+    add_product<false>(of, row, panel, Nothing());
+    store_sums(sums, PANEL);
 }
 
 // A block of a product, added to sums whose rows are `stride` apart.
@@ -104,11 +119,8 @@ static inline void add_to(const Product& of, i64 row, i64 panel, float* sums, i6
     _tile_loadd(1, sums + 16, stride * 4);
     _tile_loadd(2, sums + 16 * stride, stride * 4);
     _tile_loadd(3, sums + 16 * stride + 16, stride * 4);
-    add_product(of, row, panel, Nothing());
-    _tile_stored(0, sums, stride * 4);
-    _tile_stored(1, sums + 16, stride * 4);
-    _tile_stored(2, sums + 16 * stride, stride * 4);
-    _tile_stored(3, sums + 16 * stride + 16, stride * 4);
+    add_product<false>(of, row, panel, Nothing());
+    store_sums(sums, stride);
 }
 
 // How many rows of a left factor a thread has in its cache, and how many panels besides.
@@ -355,21 +367,13 @@ static inline void write(const float* sums, bf16* to, i64 stride) {
 // Blocks of products, rounded and written while the next one is multiplied: they go to memory that no
 // cache has yet, and that would have to be waited for.
 class Writer {
-    alignas(64) float sums[2][PANEL * PANEL];
-    alignas(64) float others[2][PANEL * PANEL];
-    int at = 0;
-    struct { const float *sums, *others; bf16* to; const bf16* onto; i64 stride, row; } last;
+    alignas(64) float sums[PANEL * PANEL];
+    struct { bf16* to; const bf16* onto; i64 stride, row; } last;
 
     void write_rows(i64 count) {
         for (i64 i = last.row, end = i + count; i < end; i++) {
-            __m512 low = _mm512_load_ps(last.sums + i * PANEL);
-            __m512 high = _mm512_load_ps(last.sums + i * PANEL + 16);
-            if (last.others) {
-                __m512 a = _mm512_load_ps(last.others + i * PANEL);
-                __m512 b = _mm512_load_ps(last.others + i * PANEL + 16);
-                low = _mm512_add_ps(low, widened(narrowed(a)));
-                high = _mm512_add_ps(high, widened(narrowed(b)));
-            }
+            __m512 low = _mm512_load_ps(sums + i * PANEL);
+            __m512 high = _mm512_load_ps(sums + i * PANEL + 16);
             bf16* to = last.to + i * last.stride;
             if (!last.onto) {
                 _mm512_storeu_si512(to, narrowed(low, high));
@@ -388,14 +392,14 @@ public:
 
     void finish() { write_rows(PANEL - last.row); }
 
-    // A block of a product, rounded. With `other`, one of which is rounded before, the sum of both;
-    // with `onto`, the result is rounded, added to that and rounded again. Rows of `to` and `onto` are
-    // `stride` apart. Until `finish`, `to` is not complete, and `onto` has to stay as it is.
+    // A block of a product, rounded, or of the sum of two, `other` being summed up first. With `onto`
+    // the result is rounded, added to that and rounded again. Rows of `to` and `onto` are `stride`
+    // apart. Until `finish`, `to` is not complete, and `onto` has to stay as it is.
     void block(const Product& of, i64 m, i64 p, bf16* to, i64 stride,
                const Product* other = nullptr, const bf16* onto = nullptr) {
-        float *mine = sums[at], *rest = others[at];
-        if (other) ::block(*other, m, p, rest);
-        ::block(of, m, p, mine, [&](i64 step) {
+        begin_sums();
+        if (other) add_product<true>(*other, m, p, Nothing());
+        add_product<true>(of, m, p, [&](i64 step) {
             if (last.row < PANEL) write_rows(2);
             if (step >= PANEL / 2) return;
             for (i64 row = 2 * step; row < 2 * step + 2; row++) {
@@ -403,9 +407,9 @@ public:
                 if (onto) __builtin_prefetch(onto + row * stride);
             }
         });
-        finish();
-        last = {mine, other ? rest : nullptr, to, onto, stride, 0};
-        at ^= 1;
+        finish();  // what is there of the last one
+        store_sums(sums, PANEL);
+        last = {to, onto, stride, 0};
     }
 };
 

@@ -1,8 +1,9 @@
 """Typed wrappers of the C++ for AMX: products of melded layers, with an embedding, and attention.
 
 One call a direction, for processors with AMX. Sums run over the inner dimension from first to last,
-in float32, whatever the number of threads: the bits of torch's products, but where oneDNN starts a
-sum from what is added to it. All tensors are on the CPU, 16-bit ones are bfloat16.
+in float32, whatever the number of threads: the bits of torch's products. A change that is pending is
+the first part of a sum, and is not rounded before the rest is added; torch rounds it by itself. All
+tensors are on the CPU, 16-bit ones are bfloat16.
 
 Shapes: T tokens, `in`/`out` features, r adapter rank; layers of a group have one input.
 """
@@ -66,7 +67,7 @@ def forward(
     proxies: Sequence[Tensor],
     factors: Sequence[float],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """`O_A_i = x A_i^T`, rounded; `O_i = x W_i^T + O_A_i B_i^T`, each product summed by itself.
+    """`O_A_i = x A_i^T`, rounded, and `O_i = O_A_i B_i^T + x W_i^T`, rounded once.
 
     Args:
         x: [T, in].
