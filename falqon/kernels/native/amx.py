@@ -1,7 +1,7 @@
 """Typed wrappers of the C++ for AMX: products of melded layers, with an embedding, and attention.
 
-One call a direction, for processors with AMX. Sums run over the inner dimension from first to last,
-in float32, whatever the number of threads: the bits of torch's products. A change that is pending is
+One call a direction, for processors with AMX. Sums run over the inner dimension from first to last
+in float32, whatever the number of threads: the bits of torch's products. A pending change is
 the first part of a sum, and is not rounded before the rest is added; torch rounds it by itself. All
 tensors are on the CPU, 16-bit ones are bfloat16.
 
