@@ -190,15 +190,16 @@ class _DecoderFunction(torch.autograd.Function):
         out, kept = amx_decoder.forward(shape, tensors, x)
         # Of what is saved autograd notices if it is changed before the backward pass; and a saved
         # parameter is what FSDP2 has gathered again by then.
-        ctx.save_for_backward(x, kept, *tensors)
+        ctx.save_for_backward(x, *kept, *tensors)
         ctx.shape = shape
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, kept, *tensors = ctx.saved_tensors
+        x, gate, up, rest, *tensors = ctx.saved_tensors
         _, _, _, want_input, *want_proxies = ctx.needs_input_grad
+        kept = (gate, up, rest)
         of_input, of_proxies = amx_decoder.backward(
             ctx.shape, tensors, grad.contiguous(), x, kept, want_input, want_proxies
         )

@@ -64,7 +64,7 @@ const Members MEMBERS[GROUPS] = {{0, 3}, {3, 1}, {4, 2}, {6, 1}};
 // What backward needs of forward. Adapters' outputs of a group are side by side.
 struct Kept {
     float* inverse[2];
-    bf16 *adapters[GROUPS], *q, *k, *v, *middle, *gate, *up;
+    bf16 *adapters[GROUPS], *q, *k, *v, *middle;
     i64 size;
     Kept(const FalqonDecoder& of, bf16* memory) {
         const Sizes n(of);
@@ -77,8 +77,6 @@ struct Kept {
         k = cut.part(heads * filled(of.length));
         v = cut.part(heads * filled(of.length));
         middle = cut.part(n.tokens * n.hidden);
-        gate = cut.part(n.tokens * n.inner);
-        up = cut.part(n.tokens * n.inner);
         size = cut.size;
     }
 };
@@ -226,9 +224,10 @@ void falqon_amx_decoder_sizes(const FalqonDecoder* of, i64* memory, i64* work, i
     *work_back = PassingBack(*of, nullptr).size + most_back;
 }
 
-// A layer's output from its input, [tokens, hidden]; `memory` is for the backward pass.
+// A layer's output from its input, [tokens, hidden]; gate and up, [tokens, inner], and `memory` are for
+// the backward pass.
 void falqon_amx_decoder(const FalqonDecoder* decoder, const FalqonTensors* tensors, const bf16* x,
-                        bf16* out, bf16* memory, bf16* work) {
+                        bf16* out, bf16* gate, bf16* up, bf16* memory, bf16* work) {
     const FalqonDecoder& of = *decoder;
     const FalqonTensors& with = *tensors;
     const Sizes n(of);
@@ -248,17 +247,17 @@ void falqon_amx_decoder(const FalqonDecoder* decoder, const FalqonTensors* tenso
              rest);
     const Normed second = {kept.middle,     with.norms[1], of.eps[1],
                            kept.inverse[1], n.hidden,      groups[2].quantised};
-    bf16* const gated[] = {kept.gate, kept.up};
+    bf16* const gated[] = {gate, up};
     multiply(of, with, 2, {nullptr, Normed::make, &second}, nullptr, gated, kept.adapters[2], rest);
-    const Gated activated = {kept.gate, kept.up, n.inner, groups[3].quantised};
+    const Gated activated = {gate, up, n.inner, groups[3].quantised};
     multiply(of, with, 3, {nullptr, Gated::make, &activated}, kept.middle, &out, kept.adapters[3],
              rest);
 }
 
 // Gradients of the input, if it is not null, and of the B that have a place for one, in their order.
 void falqon_amx_decoder_grad(const FalqonDecoder* decoder, const FalqonTensors* tensors, const bf16* grad,
-                             const bf16* x, bf16* memory, bf16* grad_input, float* const* grad_proxies,
-                             bf16* work) {
+                             const bf16* x, const bf16* gate, const bf16* up, bf16* memory,
+                             bf16* grad_input, float* const* grad_proxies, bf16* work) {
     const FalqonDecoder& of = *decoder;
     const FalqonTensors& with = *tensors;
     const Sizes n(of);
@@ -277,7 +276,7 @@ void falqon_amx_decoder_grad(const FalqonDecoder* decoder, const FalqonTensors* 
                   grad_proxies, rest);
     if (!below[3]) return;
     const bf16* const gated[] = {by_the_way.gate, by_the_way.up};
-    const GatedBack activated = {values, kept.gate, kept.up, by_the_way.gate, by_the_way.up, n.inner};
+    const GatedBack activated = {values, gate, up, by_the_way.gate, by_the_way.up, n.inner};
     multiply_back(of, with, 2, gated, {GatedBack::make, &activated}, kept.adapters[2],
                   below[2] ? by_the_way.normed : nullptr, grad_proxies, rest);
     if (!below[2]) return;

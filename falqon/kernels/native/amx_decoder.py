@@ -1,9 +1,9 @@
 """A decoder layer of the Llama family by AMX, in one native call a direction.
 
 What its modules do, in their order and with their roundings, so with their bits. What a layer has
-by the way is in memory that all layers use; what its backward pass needs is in one tensor.
+by the way is in memory that all layers use; what its backward pass needs is in three tensors.
 
-Shapes: b rows of s tokens, n features, d values in a head.
+Shapes: b rows of s tokens, T = b s, n features, m between gate/up and down, d values in a head.
 Between native calls Python finds the processor's caches full of something else, and everything it
 does takes several times as long as usual: it is to do little there.
 """
@@ -124,7 +124,9 @@ def _given(shape: Shape, tensors: Sequence[Tensor | None]) -> tuple[_Prepared, o
     return prepared, _Tensors(*[None if t is None else t.data_ptr() for t in tensors])
 
 
-def forward(shape: Shape, tensors: Sequence[Tensor | None], x: Tensor) -> tuple[Tensor, Tensor]:
+def forward(
+    shape: Shape, tensors: Sequence[Tensor | None], x: Tensor
+) -> tuple[Tensor, list[Tensor]]:
     """The layer's output.
 
     Args:
@@ -137,11 +139,15 @@ def forward(shape: Shape, tensors: Sequence[Tensor | None], x: Tensor) -> tuple[
         x: its input, [b, s, n], contiguous.
 
     Returns:
-        [b, s, n]; and what `backward` needs, one-dimensional.
+        [b, s, n]; and what `backward` needs: outputs of gate and up, [T, m], and the rest.
     """
     prepared, places = _given(shape, tensors)
-    out, kept = torch.empty_like(x), x.new_empty(prepared.memory)
-    pointers = map(ops.at, (x, out, kept, amx.memory(prepared.work)))
+    inner = shape.groups[-1].inputs
+    tokens = shape.batch * shape.length
+    # Not one tensor: what is larger than 32 MiB the allocator gives back, and has to map again.
+    kept = [x.new_empty(tokens, inner), x.new_empty(tokens, inner), x.new_empty(prepared.memory)]
+    out = torch.empty_like(x)
+    pointers = map(ops.at, (x, out, *kept, amx.memory(prepared.work)))
     ops.call("amx_decoder", prepared.given, places, *pointers)
     return out, kept
 
@@ -151,7 +157,7 @@ def backward(
     tensors: Sequence[Tensor | None],
     grad: Tensor,
     x: Tensor,
-    kept: Tensor,
+    kept: Sequence[Tensor],
     want_input: bool,
     want_proxies: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
@@ -173,7 +179,7 @@ def backward(
         for size, want in zip(prepared.proxies, want_proxies, strict=True)
     ]
     results = _Results(*[None if t is None else t.data_ptr() for t in of_proxies])
-    pointers = map(ops.at, (grad, x, kept))
+    pointers = map(ops.at, (grad, x, *kept))
     to = None if of_input is None else ops.at(of_input)
     room = ops.at(amx.memory(prepared.work_back))
     ops.call("amx_decoder_grad", prepared.given, places, *pointers, to, results, room)
