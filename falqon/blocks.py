@@ -265,7 +265,6 @@ class GroupedDecoderLayer(nn.Module):
             return None
         of_mlp: dict[str, Any] = mlp._modules
         norms = (own["input_layernorm"], own["post_attention_layernorm"])
-        weights = (norms[0].weight, norms[1].weight)
         first: Any = attend._modules.get("norm_quantize")
         second: Any = of_mlp.get("norm_quantize")
         activation = of_mlp.get("swiglu_quantize")
@@ -279,9 +278,10 @@ class GroupedDecoderLayer(nn.Module):
             or type(attend).forward is not GroupedAttention.forward
             or type(attend).normed_heads is not GroupedAttention.normed_heads
             or "normed_heads" in vars(attend)
-            or weights[0].requires_grad
-            or weights[1].requires_grad
         ):
+            return None
+        weights = (norms[0].weight, norms[1].weight)
+        if weights[0].requires_grad or weights[1].requires_grad:
             return None
         groups: tuple[Any, Any, Any, Any] = (
             attend.group(),
@@ -291,7 +291,7 @@ class GroupedDecoderLayer(nn.Module):
         )
         others = (attend, mlp, *norms, of_mlp["act_fn"], first, second, activation)
         d = attend.head_dim
-        melded = decoder.melded_layers(groups, others, x, weights, d)
+        melded = decoder.melded_parts(groups, others, x, weights, d)
         if melded is None:
             return None
         heads, kv = melded.outs[0] // d, melded.outs[1] // d

@@ -56,7 +56,7 @@ class Decoder(NamedTuple):
     ranges: Ranges
 
 
-def melded_layers(
+def melded_parts(
     groups: Sequence[Sequence[nn.Module]],
     modules: Sequence[nn.Module],
     x: Tensor,
@@ -120,7 +120,8 @@ def _is_untouched(module: nn.Module) -> bool:
 
 def _tensors(layer: MeldedLinear, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
     """Codes, scale, B and bias of a layer whose parameters are as they were made, else None."""
-    codes, scale, proxy, bias = map(layer._parameters.get, ("codes", "scale", "B", "bias"))
+    codes, scale, proxy = map(layer._parameters.get, ("codes", "scale", "B"))
+    bias = layer.bias
     for t in (codes, scale, proxy):
         if type(t) is not nn.Parameter or not (t.is_cpu and t.is_contiguous()):
             return None
@@ -178,27 +179,28 @@ class _DecoderFunction(torch.autograd.Function):
         ctx: Any, parts: Decoder, cos: Tensor, sin: Tensor, hidden_states: Tensor, *_: Tensor
     ) -> Tensor:
         x = hidden_states.contiguous()
-        shape, of, seen = parts.shape, parts.melded, parts.ranges
+        shape, of, seen = parts.shape, parts.melded, (parts.ranges.first, parts.ranges.last)
         codes, scales, proxies, biases = zip(*of.tensors, strict=True)
         acting = [group.pending for group in of.groups]
         if not all(acting):
             live = [act for act, n in zip(acting, MEMBERS, strict=True) for _ in range(n)]
             proxies = tuple(p if act else None for p, act in zip(proxies, live, strict=True))
-        tables = (cos.contiguous(), sin.contiguous())
-        others = (*tables, *parts.norms, seen.first, seen.last)
-        tensors = (*others, *codes, *scales, *proxies, *biases)
-        out, kept = amx_decoder.forward(shape, tensors, x)
+        before = (cos.contiguous(), sin.contiguous(), *parts.norms)
+        behind = (*codes, *scales, *proxies)
+        out, kept = amx_decoder.forward(shape, (*before, *seen, *behind, *biases), x)
         # Of what is saved autograd notices if it is changed before the backward pass; and a saved
-        # parameter is what FSDP2 has gathered again by then.
-        ctx.save_for_backward(x, *kept, *tensors)
-        ctx.shape = shape
+        # parameter is what FSDP2 has gathered again by then. Ranges are nobody else's, and may have
+        # been made in inference mode; biases are not needed again.
+        ctx.save_for_backward(x, *kept, *before, *behind)
+        ctx.shape, ctx.seen = shape, seen
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate, up, rest, *tensors = ctx.saved_tensors
+        x, gate, up, rest, *saved = ctx.saved_tensors
         _, _, _, want_input, *want_proxies = ctx.needs_input_grad
+        tensors = (*saved[:4], *ctx.seen, *saved[4:], *[None] * len(want_proxies))  # no biases
         kept = (gate, up, rest)
         of_input, of_proxies = amx_decoder.backward(
             ctx.shape, tensors, grad.contiguous(), x, kept, want_input, want_proxies

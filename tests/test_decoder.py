@@ -124,6 +124,15 @@ def test_bits_of_other_batches(kind: str) -> None:
     run_as_one_and_by_module(model, **given)
 
 
+def test_training_after_inference_with_the_same_shape() -> None:
+    model = made().to(BF16)
+    ids = torch.arange(3 * 47).view(3, 47) % 61  # a shape that no other test has
+    with torch.inference_mode(), counted() as calls:
+        model(input_ids=ids, use_cache=False)
+        assert len(calls) == 2
+    run_as_one_and_by_module(model, rows=3, length=47)
+
+
 def test_batches_of_several_sizes_in_turn() -> None:
     model = made().to(BF16)
     sizes = [(1, 40), (3, 100), (2, 36), (1, 33)]

@@ -197,7 +197,9 @@ def test_layers_are_those_of_plain_torch(
     for plain, ours in zip(*results, strict=True):
         assert plain is not None and ours is not None
         if live and amx.present():  # what is pending is not rounded by itself
-            assert (plain - ours).norm() < 0.01 * plain.norm()
+            apart, size = (x.float().norm(dim=-1) for x in (plain - ours, plain))
+            assert apart.norm() < 0.01 * size.norm()
+            assert bool((apart <= 0.1 * size).all())
         else:
             assert torch.equal(plain, ours)
 

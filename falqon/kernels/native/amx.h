@@ -52,7 +52,7 @@ static inline void pause_with(const char* next) {
     asm volatile("nop; nop; nop; nop; nop; nop; nop; nop");
 }
 
-// Tiles of a panel that will not be needed again soon pass by the first-level cache.
+// Load a tile of a panel; if it is `PASSING`, with the hint that it will not be needed again soon.
 #define FALQON_LOAD_PANEL(tile, at)                     \
     do {                                                \
         if (PASSING) _tile_stream_loadd(tile, at, 128); \
