@@ -200,7 +200,7 @@ class GroupedAttention(Grouped):
         if (
             self.config._attn_implementation != "sdpa"
             or (self.training and self.attention_dropout)
-            or (options and any(options.get(name) for name in _OTHER_ATTENTION))
+            or any(options.get(name) for name in _OTHER_ATTENTION)
             or not self.is_causal
             or rotation[0].shape[-1] != self.head_dim
             or not attention.takes(*shape, *rotation)

@@ -161,7 +161,7 @@ def apply_decoder(parts: Decoder, hidden_states: Tensor, rotation: tuple[Tensor,
     """Apply a decoder layer.
 
     Args:
-        parts: which keep their tensors in place.
+        parts: with layers that `melded_parts` found.
         hidden_states: [b, s, n].
         rotation: cosines and sines, [b or 1, s, d].
 

@@ -155,6 +155,17 @@ def test_threads_change_nothing(shape: tuple[int, int, tuple[int, ...], int]) ->
         assert all(torch.equal(one[name], many[name]) for name in one)
 
 
+@pytest.mark.parametrize("pending", [True, False])
+def test_group_is_its_layers(pending: bool) -> None:
+    group = Group(130, 96, (64, 96, 32), 24)
+    whole = group.run(pending)
+    for i, part in enumerate(zip(group.codes, group.scales, group.proxies, strict=True)):
+        code, scale, proxy = part
+        acting = [proxy] if pending else []
+        (out,), (adapter,) = amx.forward(group.x, [code], [scale], 24, acting, [group.factors[i]])
+        assert torch.equal(out, whole[f"out {i}"]) and torch.equal(adapter, whole[f"adapter {i}"])
+
+
 def test_tokens_do_not_depend_on_their_neighbours() -> None:
     group = Group(300, 96, (64, 96), 16)
     whole = group.run()
