@@ -14,43 +14,80 @@
 static const i64 CHUNK = 128;  // rows that are worked on at a time
 static const i64 EARLY = 4;    // tokens that their heads are fetched ahead
 
-// Softmax of factor * row over [start, end), in place; zero elsewhere. `n` is a multiple of 16.
-static inline void softmax(bf16* row, i64 n, i64 start, i64 end, float factor, float* kept) {
-    const __m512 none = _mm512_set1_ps(-__builtin_inff()), scale = _mm512_set1_ps(factor);
-    const __m512i first = _mm512_set1_epi32(int(start)), last = _mm512_set1_epi32(int(end));
-    __m512i at = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    __m512 largest = none, sum = _mm512_setzero_ps();
-    for (i64 i = 0; i < n; i += 16, at = _mm512_add_epi32(at, _mm512_set1_epi32(16))) {
-        const __mmask16 from = _mm512_cmpge_epi32_mask(at, first);
-        const __mmask16 seen = _mm512_mask_cmplt_epi32_mask(from, at, last);
-        __m512 x = _mm512_mask_mov_ps(none, seen, widened(row + i));
-        _mm512_store_ps(kept + i, x);
-        largest = _mm512_max_ps(largest, x);
+// What a row of scores sees, [start, end) of its keys: values from..to hold it.
+struct Seen {
+    i64 start, end, from, to;
+    Seen() = default;
+    Seen(i64 start, i64 end)
+        : start(start), end(end), from(end > start ? start / 16 * 16 : 0),
+          to(end > start ? (end + 15) / 16 * 16 : 0) {}
+    // Which of the 16 values from `at` on are seen.
+    __mmask16 of(i64 at) const {
+        const i64 before = most(0, start - at), until = most(0, least(16, end - at));
+        return __mmask16(((1u << until) - 1u) & ~((1u << before) - 1u));
     }
-    if (start >= end) {  // a query that sees nothing, as of padding
-        std::memset(row, 0, size_t(n) * 2);
-        return;
-    }
-    const __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(largest) * factor);
-    for (i64 i = 0; i < n; i += 16) {
-        const __m512 of = _mm512_load_ps(kept + i);
-        const __mmask16 seen = _mm512_cmp_ps_mask(of, none, _CMP_NEQ_UQ);
-        __m512 x = _mm512_maskz_mov_ps(seen, exponentials(_mm512_fmsub_ps(of, scale, shift)));
-        _mm512_store_ps(kept + i, x);
-        sum = _mm512_add_ps(sum, x);
-    }
-    const __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(sum));
-    for (i64 i = 0; i < n; i += 16) put(_mm512_mul_ps(_mm512_load_ps(kept + i), inverse), row + i);
+};
+
+// n values, all but those of [from, to), become zero.
+static inline void clear_around(i64 from, i64 to, bf16* values, i64 n) {
+    std::memset(values, 0, size_t(from) * 2);
+    std::memset(values + to, 0, size_t(n - to) * 2);
 }
 
-// Gradient of the scores before their factor, p (dp - sum(p dp)) factor, into dp.
-static inline void softmax_grad(const bf16* p, bf16* dp, i64 n, float factor) {
-    __m512 sum = _mm512_setzero_ps();
-    for (i64 i = 0; i < n; i += 16) sum = _mm512_fmadd_ps(widened(p + i), widened(dp + i), sum);
-    const __m512 along = _mm512_set1_ps(_mm512_reduce_add_ps(sum)), scale = _mm512_set1_ps(factor);
-    for (i64 i = 0; i < n; i += 16) {
-        __m512 x = _mm512_mul_ps(widened(p + i), _mm512_sub_ps(widened(dp + i), along));
-        put(_mm512_mul_ps(x, scale), dp + i);
+// Softmax of factor * p over what each of 32 rows of n values sees, in place; zero elsewhere, and where
+// a row sees nothing, as that of padding. Rows are `stride` apart; `kept`: room for 32 x n. Each pass is
+// over all rows: nothing then waits for what has been summed over a row just now.
+static inline void softmax(bf16* p, i64 stride, i64 n, const Seen* seen, float factor, float* kept) {
+    const __m512 none = _mm512_set1_ps(-__builtin_inff()), scale = _mm512_set1_ps(factor);
+    float shifts[PANEL], inverse[PANEL];
+    for (i64 r = 0; r < PANEL; r++) {
+        const bf16* scores = p + r * stride;
+        __m512 largest = none;
+        for (i64 i = seen[r].from; i < seen[r].to; i += 16) {
+            __m512 x = _mm512_mask_mov_ps(none, seen[r].of(i), widened(scores + i));
+            _mm512_store_ps(kept + r * n + i, x);
+            largest = _mm512_max_ps(largest, x);
+        }
+        shifts[r] = _mm512_reduce_max_ps(largest) * factor;
+    }
+    for (i64 r = 0; r < PANEL; r++) {
+        const __m512 shift = _mm512_set1_ps(shifts[r]);
+        __m512 sum = _mm512_setzero_ps();
+        for (i64 i = seen[r].from; i < seen[r].to; i += 16) {
+            float* at = kept + r * n + i;
+            const __m512 of = _mm512_load_ps(at);
+            const __mmask16 there = _mm512_cmp_ps_mask(of, none, _CMP_NEQ_UQ);
+            __m512 x = _mm512_maskz_mov_ps(there, exponentials(_mm512_fmsub_ps(of, scale, shift)));
+            _mm512_store_ps(at, x);
+            sum = _mm512_add_ps(sum, x);
+        }
+        inverse[r] = 1.0f / _mm512_reduce_add_ps(sum);
+    }
+    for (i64 r = 0; r < PANEL; r++, p += stride) {
+        const Seen& of = seen[r];
+        const __m512 by = _mm512_set1_ps(inverse[r]);
+        for (i64 i = of.from; i < of.to; i += 16)
+            put(_mm512_mul_ps(_mm512_load_ps(kept + r * n + i), by), p + i);
+        clear_around(of.from, of.to, p, n);
+    }
+}
+
+// Gradients of 32 rows of scores before their factor, p (dp - sum(p dp)) factor, into dp; passes as above.
+static inline void softmax_grad(const bf16* p, bf16* dp, i64 stride, i64 n, float factor) {
+    float along[PANEL];
+    for (i64 r = 0; r < PANEL; r++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (i64 i = r * stride; i < r * stride + n; i += 16)
+            sum = _mm512_fmadd_ps(widened(p + i), widened(dp + i), sum);
+        along[r] = _mm512_reduce_add_ps(sum);
+    }
+    const __m512 scale = _mm512_set1_ps(factor);
+    for (i64 r = 0; r < PANEL; r++) {
+        const __m512 of = _mm512_set1_ps(along[r]);
+        for (i64 i = r * stride; i < r * stride + n; i += 16) {
+            __m512 x = _mm512_mul_ps(widened(p + i), _mm512_sub_ps(widened(dp + i), of));
+            put(_mm512_mul_ps(x, scale), dp + i);
+        }
     }
 }
 
@@ -86,12 +123,13 @@ static inline void probabilities(const Shape& of, i64 b, const bf16* query, cons
         block(scores, row, k / PANEL, sums);
         write(sums, p + k - span.low, stride);
     }
-    for (i64 i = 0; i < PANEL; i++) {
-        i64 at = b * of.length + (row + i) / of.group;
-        bool there = row + i < of.rows();
-        i64 start = there ? of.first[at] - span.low : 0, end = there ? of.last[at] - span.low : 0;
-        softmax(p + i * stride, span.high - span.low, start, end, factor, kept);
+    Seen seen[PANEL];
+    for (i64 i = 0; i < least(PANEL, of.rows() - row); i++) {
+        const i64 at = b * of.length + (row + i) / of.group;
+        seen[i] = Seen(of.first[at] - span.low, of.last[at] - span.low);
     }
+    for (i64 i = most(0, of.rows() - row); i < PANEL; i++) seen[i] = Seen(0, 0);
+    softmax(p, stride, span.high - span.low, seen, factor, kept);
 }
 
 // [rows, d] of a head: every row one of `per_query` of a query, from [b, s, heads, d].
@@ -106,7 +144,7 @@ struct Heads {
 // Values that a thread of falqon_amx_attention_grad needs for itself, see there.
 static i64 own_of_gradients(i64 keys, i64 d) {
     return 3 * keys * d + 2 * CHUNK * keys + 2 * PANEL * CHUNK + 3 * CHUNK * d +
-           2 * (2 * keys * d + keys);
+           2 * (2 * keys * d + PANEL * keys);
 }
 
 extern "C" {
@@ -114,7 +152,7 @@ extern "C" {
 // How many 16-bit values the `work` of the functions below has to have room for.
 i64 falqon_amx_attention_work(i64 batch, i64 length, i64 kv, i64 d, i64 team) {
     const i64 keys = filled(length);
-    return 2 * batch * kv * keys * d + team * keys * (PANEL + 2);
+    return 2 * batch * kv * keys * d + team * keys * PANEL * 3;
 }
 i64 falqon_amx_attention_grad_work(i64 length, i64 d, i64 team) {
     return team * own_of_gradients(filled(length), d);
@@ -176,7 +214,7 @@ void falqon_amx_attention(const bf16* q, i64 q_stride, const bf16* k, i64 k_stri
             const Span span(of, b, row, PANEL);
             const i64 wide = span.high - span.low;
             probabilities(of, b, kept_q + head * rows * d, key_rows + head * keys * d, row, span,
-                          factor, p, wide, kept + id * keys, sums);
+                          factor, p, wide, kept + id * PANEL * keys, sums);
             const Heads to = {out, kv * group * d, d, group};
             for (i64 c = 0; c < d; c += PANEL) {
                 const bf16* panel = value_columns + (head * d + c) * keys + span.low * PANEL;
@@ -245,16 +283,27 @@ void falqon_amx_attention_grad(const bf16* grad, i64 grad_stride, const bf16* ke
                 }
                 for (i64 m = 0; m < count; m += PANEL) {
                     bf16 *to_p = p + m * wide, *to_dp = dp + m * wide;
-                    probabilities(of, b, q, key_rows, start + m, span, factor, to_p, wide, kept, sums);
-                    const Product of_p = {g, d, value_rows, d};
-                    for (i64 s = span.low; s < span.high; s += PANEL) {
-                        block(of_p, m, s / PANEL, sums);
-                        write(sums, to_dp + s - span.low, wide);
+                    // What these rows see of what the chunk's do; the rest is zero.
+                    const Span seen(of, b, start + m, PANEL);
+                    const i64 some = seen.high - seen.low, before = some ? seen.low - span.low : 0;
+                    for (i64 i = 0; some < wide && i < PANEL; i++) {
+                        clear_around(before, before + some, to_p + i * wide, wide);
+                        clear_around(before, before + some, to_dp + i * wide, wide);
                     }
-                    for (i64 i = 0; i < PANEL; i++)
-                        softmax_grad(to_p + i * wide, to_dp + i * wide, wide, factor);
+                    if (!some) {
+                        std::memset(g + m * d, 0, size_t(PANEL * d) * 2);
+                        continue;
+                    }
+                    to_p += before, to_dp += before;
+                    probabilities(of, b, q, key_rows, start + m, seen, factor, to_p, wide, kept, sums);
+                    const Product of_p = {g, d, value_rows, d};
+                    for (i64 s = seen.low; s < seen.high; s += PANEL) {
+                        block(of_p, m, s / PANEL, sums);
+                        write(sums, to_dp + s - seen.low, wide);
+                    }
+                    softmax_grad(to_p, to_dp, wide, some, factor);
                     for (i64 c = 0; c < d; c += PANEL) {
-                        const Product of_q = {to_dp, wide, key_columns + c * keys + span.low * PANEL, wide};
+                        const Product of_q = {to_dp, wide, key_columns + c * keys + seen.low * PANEL, some};
                         block(of_q, 0, 0, sums);
                         write(sums, g + m * d + c, d);  // the gradient is in its panels by now
                     }
