@@ -6,12 +6,13 @@
 Each method is an overlay of `configs/methods` (or the path of one) on one generated configuration,
 and trains in a process of its own by `train.py fit`, one after the other. `--turns` has them all in
 memory and lets them do a step each in turn: on a machine whose speed changes from one minute to the
-next, as a shared one's does, only steps that follow each other compare. `qlora:padded` is QLoRA
-with padded batches where the others have packed ones (`--packing`), `qlora:compiled` with compiled
-layers. The first round trains for all steps and validates; further rounds train a few steps again,
-all methods in turn, so that a noisy machine hits all alike. A method that does not train is not
-reported: every parameter that it says it trains must get a gradient that is not zero, what it
-changes must have changed, and the held-out loss must fall.
+next, as a shared one's does, only steps that follow each other compare. `--turns 4` lets them do
+four, of which the first is not timed: it finds the caches full of what others did. `qlora:padded`
+is QLoRA with padded batches where the others have packed ones (`--packing`), `qlora:compiled` with
+compiled layers. The first round trains for all steps and validates; further rounds train a few
+steps again, all methods in turn, so that a noisy machine hits all alike. A method that does not
+train is not reported: every parameter that it says it trains must get a gradient that is not zero,
+what it changes must have changed, and the held-out loss must fall.
 
 Written to the output directory: `compare.csv`, `compare.json` (hardware, versions, settings, every
 step), `step_time.png`, `loss.png`, `breakdown.png`.
@@ -98,13 +99,13 @@ def base_config(
         number: Of the round: 0 is the one with all steps and validations, the others are short and
             for times alone. The second one has further steps that are profiled and not timed; if
             there is no second one, warm-up steps of the first are.
-        turns: Asked before each step, if methods take turns.
+        turns: Asked before each turn, if methods take turns.
     """
     full = number == 0
     steps = args.steps if full else args.warmup + args.timed_steps
     probe: dict[str, Any] = {"warmup": args.warmup}
     if turns is not None:
-        probe["turns"] = turns.of_worker
+        probe |= {"turns": turns.of_worker, "steps_a_turn": args.turns}
     if args.repeats == 1:  # slows nothing that is timed
         probe |= {"profile_from": args.warmup // 2, "profile_steps": args.warmup - args.warmup // 2}
     elif number == 1:
@@ -171,7 +172,7 @@ class Training:
         args: The command line.
         name, path: The method and its overlay.
         number: Of the round.
-        turns: To be asked for each step, if methods take turns.
+        turns: To be asked for each turn, if methods take turns.
     """
 
     def __init__(
@@ -282,9 +283,12 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     It is written after every round, with what there is by then.
     """
     overlays = find_overlays(args.methods, args.packing)
-    if args.steps <= args.warmup:
+    left = range(args.warmup, args.steps)
+    if not any(step % args.turns for step in left) if args.turns > 1 else not left:
+        turns = f" and the first of each {args.turns} (--turns)" if args.turns > 1 else ""
         raise InputError(
-            f"--steps {args.steps} leaves nothing to time after --warmup {args.warmup}: give more."
+            f"--steps {args.steps} leaves nothing to time after --warmup {args.warmup}{turns}: "
+            "give more."
         )
     args.output.mkdir(parents=True, exist_ok=True)
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in overlays}
@@ -323,7 +327,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=50, help="of the round that learns")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"))
     parser.add_argument("--repeats", type=int, default=3, help="rounds, all but one short")
-    parser.add_argument("--turns", action="store_true", help="a step of each method in turn")
+    parser.add_argument(
+        "--turns",
+        type=int,
+        nargs="?",
+        const=1,
+        default=0,
+        metavar="STEPS",
+        help="so many steps of each method in turn, 1 if no number is given; "
+        "of several, the first is not timed",
+    )
     parser.add_argument("--warmup", type=int, default=3, help="steps not timed in a round")
     parser.add_argument("--timed-steps", type=int, default=10, help="of the short rounds")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -350,6 +363,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     ):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.turns < 0:
+        parser.error("--turns must be at least 1")
     return args
 
 

@@ -28,7 +28,8 @@ class Probe(Callback):
         warmup: First steps, whose memory does not count.
         profile_from: First step that is profiled; none if None.
         profile_steps: How many are. Several, since methods do not do the same in every step.
-        turns: Wait for a turn before each step: see `benchmarks.compare_turns`.
+        turns: Wait for a turn before a step: see `benchmarks.compare_turns`.
+        steps_a_turn: Before every so many-th step.
     """
 
     def __init__(
@@ -37,9 +38,11 @@ class Probe(Callback):
         profile_from: int | None = None,
         profile_steps: int = 1,
         turns: tuple[int, int] | None = None,
+        steps_a_turn: int = 1,
     ) -> None:
         self.warmup = warmup
         self.turns = turns
+        self.steps_a_turn = steps_a_turn
         self.profiled = range(0)
         if profile_from is not None:
             self.profiled = range(profile_from, profile_from + profile_steps)
@@ -88,7 +91,7 @@ class Probe(Callback):
     ) -> None:
         step = len(self.steps)
         self._between = time.perf_counter() - self._end if self._end is not None else None
-        if self.turns is not None:
+        if self.turns is not None and step % self.steps_a_turn == 0:
             wait_for_turn(self.turns)
         if step in self.profiled and self._profile is None:
             self._profile = profile(activities=_activities(), acc_events=True)
@@ -119,6 +122,7 @@ class Probe(Callback):
                 "positions": batch["input_ids"].numel(),
                 "loss": float(trainer.callback_metrics["train/loss"]),
                 "profiled": step in self.profiled,
+                "after_others": self.turns is not None and step % self.steps_a_turn == 0,
                 "between": self._between,
             }
         )

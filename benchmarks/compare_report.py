@@ -44,13 +44,15 @@ def versions() -> dict[str, str | None]:
 # -- numbers ------------------------------------------------------------------------------------
 
 
-def timed(rounds: list[dict[str, Any]], warmup: int) -> dict[tuple[int, int], dict[str, float]]:
-    """The timed steps of all rounds, by number of round and step."""
+def timed(
+    rounds: list[dict[str, Any]], warmup: int, turns: int = 0
+) -> dict[tuple[int, int], dict[str, float]]:
+    """The timed steps of all rounds, by number of round and step: see `benchmarks.compare`."""
     return {
         (number, step): entry
         for number, result in enumerate(rounds)
         for step, entry in enumerate(result["steps"])
-        if step >= warmup and not entry["profiled"]
+        if step >= warmup and not entry["profiled"] and not (turns > 1 and entry["after_others"])
     }
 
 
@@ -96,7 +98,7 @@ def loss_at(result: dict[str, Any], seconds: float) -> float:
 
 def rows(rounds: Rounds, args: argparse.Namespace) -> list[Row]:
     """A row a method, fastest first."""
-    steps = {name: timed(results, args.warmup) for name, results in rounds.items()}
+    steps = {name: timed(results, args.warmup, args.turns) for name, results in rounds.items()}
     ends = [curve(results[0])[-1][1] for results in rounds.values()]
     equal = min(ends, default=0.0)
     lora, qlora = (steps.get(n) or base_of(n, steps) for n in ("lora", "qlora"))

@@ -34,16 +34,16 @@ def arguments(tokenizer_dir: str, alpaca_file: str, output: Path, *more: str) ->
 def test_two_methods_side_by_side(
     tokenizer_dir: str, alpaca_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Their steps in turn."""
+    """Three steps of each in turn, of which the first is not timed."""
     flags = arguments(tokenizer_dir, alpaca_file, tmp_path, "--methods=lora,falqon")
-    assert compare.main([*flags, "--repeats=1", "--turns", "--paper"]) == 0
+    assert compare.main([*flags, "--repeats=1", "--turns=3", "--paper"]) == 0
     out = capsys.readouterr().out
     assert "x LoRA" in out and "x QLoRA" in out.split("The paper's numbers")[1]
     with (tmp_path / "compare.csv").open() as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
     assert set(rows) == {"lora", "falqon"}
     for row in rows.values():
-        assert int(row["timed_steps"]) == 6
+        assert int(row["timed_steps"]) == 4  # 2, 4, 5 and 7
         assert float(row["step_p20_s"]) <= float(row["step_s"]) <= float(row["step_p80_s"])
         assert float(row["val_loss"]) < float(row["val_loss_start"])
         assert int(row["peak_rss_bytes"]) > 2**27 and int(row["checkpoint_bytes"]) > 2**12
@@ -64,7 +64,7 @@ def test_two_methods_side_by_side(
         for number, of in enumerate((lora, falqon))
         for step in of[0]["steps"]
     )
-    assert [number for *_, number in spans] == [0, 1] * 8
+    assert [number for *_, number in spans] == [0, 0, 0, 1, 1, 1] * 2 + [0, 0, 1, 1]
     assert all(end <= start for (_, end, _), (start, *_) in pairwise(spans))
     parts = compare_report.breakdown(falqon)
     assert set(parts) == set(PARTS) and parts["matmul"] > 0
@@ -130,7 +130,7 @@ def test_ratios_where_batches_differ() -> None:
         "falqon": [result(steps=steps(1.0, 200, 200))],
         "qlora:padded": [result(steps=steps(2.0, 100, 160))],
     }
-    rows = {r["method"]: r for r in compare_report.rows(rounds, Namespace(warmup=2))}
+    rows = {r["method"]: r for r in compare_report.rows(rounds, Namespace(warmup=2, turns=0))}
     assert rows["falqon"]["speed_to_qlora"] == 4.0
     assert rows["qlora:padded"]["speed_to_qlora"] == 1.0
     assert rows["falqon"]["speed_to_lora"] is None
@@ -200,11 +200,37 @@ def test_a_crash_is_reported(
     crash.write_text("#!/bin/sh\necho work\necho out of memory >&2\nexit 3\n")
     crash.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(crash))
-    for turns in (False, True):
+    for turns in (0, 1):
         args.turns = turns
         ((name, told),) = compare.train(args, {"lora": compare.OVERLAYS / "lora.yaml"}, 0)
         assert name == "lora" and told["error"].startswith("out of memory (see ")
     assert Path(told["error"].split("see ")[1].rstrip(")")).is_file()
+
+
+def test_steps_in_turn(
+    alpaca_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = arguments("model", alpaca_file, tmp_path, "--methods=lora")
+    assert [compare.parse([*flags, *more]).turns for more in ([], ["--turns"], ["--turns=4"])] == [
+        0,
+        1,
+        4,
+    ]
+    steps = [{"profiled": False, "after_others": step % 2 == 0} for step in range(5)]
+    kept = {turns: compare_report.timed([{"steps": steps}], 1, turns) for turns in (0, 1, 2)}
+    assert [[step for _, step in kept[turns]] for turns in kept] == [
+        [1, 2, 3, 4],
+        [1, 2, 3, 4],
+        [1, 3],
+    ]
+    assert compare.main([*flags, "--turns=7", "--warmup=7"]) == 2
+    assert (
+        "--steps 8 leaves nothing to time after --warmup 7 and the first of each 7"
+        in capsys.readouterr().err
+    )
+    with pytest.raises(SystemExit):
+        compare.parse([*flags, "--turns=-1"])
+    assert "--turns must be at least 1" in capsys.readouterr().err
 
 
 def test_rounds_and_a_refused_method_is_left_out(
@@ -257,7 +283,7 @@ def test_numbers_of_the_table() -> None:
             )
         ],
     }
-    rows = {r["method"]: r for r in compare_report.rows(rounds, Namespace(warmup=2))}
+    rows = {r["method"]: r for r in compare_report.rows(rounds, Namespace(warmup=2, turns=0))}
     assert list(rows) == ["lora", "qlora"]
     assert rows["lora"]["step_s"] == 1.5 and rows["qlora"]["step_s"] == 4.5
     assert rows["lora"]["speed_to_qlora"] == 3.0 and rows["qlora"]["speed_to_lora"] == 1 / 3
