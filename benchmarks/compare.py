@@ -7,12 +7,12 @@ Each method is an overlay of `configs/methods` (or the path of one) on one gener
 and trains in a process of its own by `train.py fit`, one after the other. `--turns` has them all in
 memory and lets them do a step each in turn: on a machine whose speed changes from one minute to the
 next, as a shared one's does, only steps that follow each other compare. `--turns 4` lets them do
-four, of which the first is not timed: it finds the caches full of what others did. `qlora:padded`
-is QLoRA with padded batches where the others have packed ones (`--packing`), `qlora:compiled` with
-compiled layers. The first round trains for all steps and validates; further rounds train a few
-steps again, all methods in turn, so that a noisy machine hits all alike. A method that does not
-train is not reported: every parameter that it says it trains must get a gradient that is not zero,
-what it changes must have changed, and the held-out loss must fall.
+four, of which the first, which finds the caches full of what others did, does not count in the
+times of a step. `qlora:padded` is QLoRA with padded batches where the others have packed ones
+(`--packing`), `qlora:compiled` with compiled layers. The first round trains for all steps and
+validates; further rounds train a few steps again, all methods in turn, so that a noisy machine hits
+all alike. A method that does not train is not reported: every parameter that it says it trains must
+get a gradient that is not zero, what it changes must have changed, and the held-out loss must fall.
 
 Written to the output directory: `compare.csv`, `compare.json` (hardware, versions, settings, every
 step), `step_time.png`, `loss.png`, `breakdown.png`.
@@ -283,8 +283,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     It is written after every round, with what there is by then.
     """
     overlays = find_overlays(args.methods, args.packing)
-    left = range(args.warmup, args.steps)
-    if not any(step % args.turns for step in left) if args.turns > 1 else not left:
+    timed = range(args.warmup, args.steps)
+    if not any(step % args.turns for step in timed) if args.turns > 1 else not timed:
         turns = f" and the first of each {args.turns} (--turns)" if args.turns > 1 else ""
         raise InputError(
             f"--steps {args.steps} leaves nothing to time after --warmup {args.warmup}{turns}: "
@@ -335,7 +335,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=0,
         metavar="STEPS",
         help="so many steps of each method in turn, 1 if no number is given; "
-        "of several, the first is not timed",
+        "of several, the first does not count in times of a step",
     )
     parser.add_argument("--warmup", type=int, default=3, help="steps not timed in a round")
     parser.add_argument("--timed-steps", type=int, default=10, help="of the short rounds")
@@ -364,7 +364,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.turns < 0:
-        parser.error("--turns must be at least 1")
+        parser.error("--turns must not be negative")
     return args
 
 

@@ -1,4 +1,4 @@
-"""Processes that do a step each in turn, told so through pipes.
+"""Processes that do some steps each in turn, told so through pipes.
 
 A process that has died, for whatever reason, has no more turns; one whose parent has died ends.
 """

@@ -1,8 +1,8 @@
 // Causal attention on processors with AMX, rotary embedding included: one call a direction.
 //
 // Scores and probabilities are rounded to bfloat16, softmax and all sums are in float32. A query
-// sees consecutive keys; panels of 32 keys that none of a chunk's queries sees are left out. Nothing
-// of the size of the scores is kept: backward makes them again. What a head of keys gets is one
+// sees consecutive keys; panels of 32 keys that none of 32 rows sees are left out. Nothing of the
+// size of the scores is kept: backward makes them again. What a head of keys gets is one
 // thread's work, so that results do not depend on the number of threads.
 //
 // The rows of a head of keys are its queries, those of the heads that share it side by side.
@@ -11,7 +11,7 @@
 
 #ifdef FALQON_HAS_AMX
 
-static const i64 CHUNK = 128;  // rows that are worked on at a time
+static const i64 CHUNK = 128;  // rows that the gradients of keys and values are summed over at a time
 static const i64 EARLY = 4;    // tokens that their heads are fetched ahead
 
 // What a row of scores sees, [start, end) of its keys: values from..to hold it.
@@ -34,13 +34,20 @@ static inline void clear_around(i64 from, i64 to, bf16* values, i64 n) {
     std::memset(values + to, 0, size_t(n - to) * 2);
 }
 
-// Softmax of factor * p over what each of 32 rows of n values sees, in place; zero elsewhere, and where
-// a row sees nothing, as that of padding. Rows are `stride` apart; `kept`: room for 32 x n. Each pass is
-// over all rows: nothing then waits for what has been summed over a row just now.
-static inline void softmax(bf16* p, i64 stride, i64 n, const Seen* seen, float factor, float* kept) {
+// Rows of n values that a pass is over: nothing then waits for what has been summed over a row just
+// now, and they stay in the first-level cache from one pass to the next.
+static inline i64 rows_of_pass(i64 n) { return most(1, least(PANEL, KEPT / most(1, n))); }
+
+// Values that softmax keeps, of rows of up to n: whole cache lines.
+static inline i64 kept_by_softmax(i64 n) { return most(KEPT, n); }
+
+// Softmax of factor * p over what each of `rows` rows of n values sees, in place; zero elsewhere, and
+// where a row sees nothing, as that of padding. Rows are `stride` apart; `kept`: room for rows * n.
+static inline void softmax(bf16* p, i64 stride, i64 n, i64 rows, const Seen* seen, float factor,
+                           float* kept) {
     const __m512 none = _mm512_set1_ps(-__builtin_inff()), scale = _mm512_set1_ps(factor);
     float shifts[PANEL], inverse[PANEL];
-    for (i64 r = 0; r < PANEL; r++) {
+    for (i64 r = 0; r < rows; r++) {
         const bf16* scores = p + r * stride;
         __m512 largest = none;
         for (i64 i = seen[r].from; i < seen[r].to; i += 16) {
@@ -50,7 +57,7 @@ static inline void softmax(bf16* p, i64 stride, i64 n, const Seen* seen, float f
         }
         shifts[r] = _mm512_reduce_max_ps(largest) * factor;
     }
-    for (i64 r = 0; r < PANEL; r++) {
+    for (i64 r = 0; r < rows; r++) {
         const __m512 shift = _mm512_set1_ps(shifts[r]);
         __m512 sum = _mm512_setzero_ps();
         for (i64 i = seen[r].from; i < seen[r].to; i += 16) {
@@ -63,7 +70,7 @@ static inline void softmax(bf16* p, i64 stride, i64 n, const Seen* seen, float f
         }
         inverse[r] = 1.0f / _mm512_reduce_add_ps(sum);
     }
-    for (i64 r = 0; r < PANEL; r++, p += stride) {
+    for (i64 r = 0; r < rows; r++, p += stride) {
         const Seen& of = seen[r];
         const __m512 by = _mm512_set1_ps(inverse[r]);
         for (i64 i = of.from; i < of.to; i += 16)
@@ -72,17 +79,17 @@ static inline void softmax(bf16* p, i64 stride, i64 n, const Seen* seen, float f
     }
 }
 
-// Gradients of 32 rows of scores before their factor, p (dp - sum(p dp)) factor, into dp; passes as above.
-static inline void softmax_grad(const bf16* p, bf16* dp, i64 stride, i64 n, float factor) {
+// Gradients of rows of scores before their factor, p (dp - sum(p dp)) factor, into dp; passes as above.
+static inline void softmax_grad(const bf16* p, bf16* dp, i64 stride, i64 n, i64 rows, float factor) {
     float along[PANEL];
-    for (i64 r = 0; r < PANEL; r++) {
+    for (i64 r = 0; r < rows; r++) {
         __m512 sum = _mm512_setzero_ps();
         for (i64 i = r * stride; i < r * stride + n; i += 16)
             sum = _mm512_fmadd_ps(widened(p + i), widened(dp + i), sum);
         along[r] = _mm512_reduce_add_ps(sum);
     }
     const __m512 scale = _mm512_set1_ps(factor);
-    for (i64 r = 0; r < PANEL; r++) {
+    for (i64 r = 0; r < rows; r++) {
         const __m512 of = _mm512_set1_ps(along[r]);
         for (i64 i = r * stride; i < r * stride + n; i += 16) {
             __m512 x = _mm512_mul_ps(widened(p + i), _mm512_sub_ps(widened(dp + i), of));
@@ -129,7 +136,9 @@ static inline void probabilities(const Shape& of, i64 b, const bf16* query, cons
         seen[i] = Seen(of.first[at] - span.low, of.last[at] - span.low);
     }
     for (i64 i = most(0, of.rows() - row); i < PANEL; i++) seen[i] = Seen(0, 0);
-    softmax(p, stride, span.high - span.low, seen, factor, kept);
+    const i64 wide = span.high - span.low, rows = rows_of_pass(wide);
+    for (i64 i = 0; i < PANEL; i += rows)
+        softmax(p + i * stride, stride, wide, least(rows, PANEL - i), seen + i, factor, kept);
 }
 
 // [rows, d] of a head: every row one of `per_query` of a query, from [b, s, heads, d].
@@ -144,7 +153,7 @@ struct Heads {
 // Values that a thread of falqon_amx_attention_grad needs for itself, see there.
 static i64 own_of_gradients(i64 keys, i64 d) {
     return 3 * keys * d + 2 * CHUNK * keys + 2 * PANEL * CHUNK + 3 * CHUNK * d +
-           2 * (2 * keys * d + PANEL * keys);
+           2 * (2 * keys * d + kept_by_softmax(keys));
 }
 
 extern "C" {
@@ -152,7 +161,7 @@ extern "C" {
 // How many 16-bit values the `work` of the functions below has to have room for.
 i64 falqon_amx_attention_work(i64 batch, i64 length, i64 kv, i64 d, i64 team) {
     const i64 keys = filled(length);
-    return 2 * batch * kv * keys * d + team * keys * PANEL * 3;
+    return 2 * batch * kv * keys * d + team * (keys * PANEL + 2 * kept_by_softmax(keys));
 }
 i64 falqon_amx_attention_grad_work(i64 length, i64 d, i64 team) {
     return team * own_of_gradients(filled(length), d);
@@ -214,7 +223,7 @@ void falqon_amx_attention(const bf16* q, i64 q_stride, const bf16* k, i64 k_stri
             const Span span(of, b, row, PANEL);
             const i64 wide = span.high - span.low;
             probabilities(of, b, kept_q + head * rows * d, key_rows + head * keys * d, row, span,
-                          factor, p, wide, kept + id * PANEL * keys, sums);
+                          factor, p, wide, kept + id * kept_by_softmax(keys), sums);
             const Heads to = {out, kv * group * d, d, group};
             for (i64 c = 0; c < d; c += PANEL) {
                 const bf16* panel = value_columns + (head * d + c) * keys + span.low * PANEL;
@@ -301,7 +310,10 @@ void falqon_amx_attention_grad(const bf16* grad, i64 grad_stride, const bf16* ke
                         block(of_p, m, s / PANEL, sums);
                         write(sums, to_dp + s - seen.low, wide);
                     }
-                    softmax_grad(to_p, to_dp, wide, some, factor);
+                    const i64 together = rows_of_pass(some);
+                    for (i64 i = 0; i < PANEL; i += together)
+                        softmax_grad(to_p + i * wide, to_dp + i * wide, wide, some,
+                                     least(together, PANEL - i), factor);
                     for (i64 c = 0; c < d; c += PANEL) {
                         const Product of_q = {to_dp, wide, key_columns + c * keys + seen.low * PANEL, some};
                         block(of_q, 0, 0, sums);
