@@ -7,12 +7,13 @@ Each method is an overlay of `configs/methods` (or the path of one) on one gener
 and trains in a process of its own by `train.py fit`, one after the other. `--turns` has them all in
 memory and lets them do a step each in turn: on a machine whose speed changes from one minute to the
 next, as a shared one's does, only steps that follow each other compare. `--turns 4` lets them do
-four, of which the first, which finds the caches full of what others did, does not count in the
-times of a step. `qlora:padded` is QLoRA with padded batches where the others have packed ones
-(`--packing`), `qlora:compiled` with compiled layers. The first round trains for all steps and
-validates; further rounds train a few steps again, all methods in turn, so that a noisy machine hits
-all alike. A method that does not train is not reported: every parameter that it says it trains must
-get a gradient that is not zero, what it changes must have changed, and the held-out loss must fall.
+four, of which the first, before which others did theirs, does not count in the times of a step;
+what is compared then lies further apart. `qlora:padded` is QLoRA with padded batches where the
+others have packed ones (`--packing`), `qlora:compiled` with compiled layers. The first round trains
+for all steps and validates; further rounds train a few steps again, all methods in turn, so that a
+noisy machine hits all alike. A method that does not train is not reported: every parameter that it
+says it trains must get a gradient that is not zero, what it changes must have changed, and the
+held-out loss must fall.
 
 Written to the output directory: `compare.csv`, `compare.json` (hardware, versions, settings, every
 step), `step_time.png`, `loss.png`, `breakdown.png`.
