@@ -29,14 +29,15 @@ _CHANGES_LOGITS: WeakSet[nn.Module] = WeakSet()
 class _LinearCrossEntropy(torch.autograd.Function):
     """Summed cross entropy of `h W^T`, with the gradient of h made in the forward pass.
 
-    Of the logits there are only those of one chunk at a time, in 16 bits. What is saved is dL/dh.
+    Of the logits there are only those of one chunk at a time, in 16 bits. What is saved is what
+    dL/dh is the sum of: what comes from the targets' rows of W, and what comes from all others.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         want = hidden.requires_grad
         total = torch.zeros((), dtype=torch.float32)
-        grads = []
+        others, sums, at_targets = [], [], []
         by_amx = amx.takes_dense(weight)
         through = amx.dense_grad if by_amx else torch.mm
         rows = max(1, _LOGIT_BYTES // (weight.shape[0] * weight.element_size()))
@@ -46,18 +47,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 amx.dense(part, weight, logits)
             else:
                 torch.mm(part, weight.t(), out=logits)
-            total += ops.cross_entropy(logits, target, want).sum()
-            if want:
-                grads.append(through(logits, weight))
+            losses, parts = ops.cross_entropy(logits, target, want)
+            total += losses.sum()
+            if parts is not None:
+                others.append(through(logits, weight))
+                sums.append(parts[0])
+                at_targets.append(parts[1])
         if want:
-            ctx.save_for_backward(torch.cat(grads))
+            parts_of_rows = (torch.cat(others), torch.cat(sums), torch.cat(at_targets))
+            ctx.save_for_backward(*parts_of_rows, weight[targets])
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (of_hidden,) = ctx.saved_tensors
-        return (of_hidden.float() * grad).to(of_hidden.dtype), None, None
+        others, sums, at_targets, of_targets = ctx.saved_tensors
+        out = others.float().mul_((grad / sums).unsqueeze(1))
+        out.addcmul_(of_targets.float(), (grad * at_targets).unsqueeze(1))
+        return out.to(others.dtype), None, None
 
 
 _KEPT = threading.local()

@@ -235,22 +235,32 @@ def test_cross_entropy(classes: int) -> None:
     assert exact.grad is not None
     kept = logits.clone()
     torch.testing.assert_close(
-        ops.cross_entropy(kept, targets, False).double(), expected.detach(), rtol=1e-6, atol=1e-5
+        ops.cross_entropy(kept, targets, False)[0].double(), expected.detach(), rtol=1e-6, atol=1e-5
     )
     assert torch.equal(kept, logits)
-    losses = ops.cross_entropy(kept, targets, True)
+    losses, parts = ops.cross_entropy(kept, targets, True)
+    assert parts is not None
+    sums, at_targets = parts
     torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(kept.double(), exact.grad, rtol=2**-8, atol=1e-7)
+    places = (torch.arange(13), targets)
+    assert (kept[places] == 0).all()
+    torch.testing.assert_close(at_targets.double(), exact.grad[places], rtol=1e-5, atol=1e-6)
+    largest = exact.detach().amax(-1, keepdim=True)
+    expected_sums = (exact.detach() - largest).exp().sum(-1)
+    torch.testing.assert_close(sums.double(), expected_sums, rtol=1e-6, atol=0)
+    exact.grad[places] = 0
+    found = kept.double() / sums.double().unsqueeze(1)
+    torch.testing.assert_close(found, exact.grad, rtol=2**-8, atol=1e-7)
 
 
 @needs_compiler
 def test_cross_entropy_of_logits_that_are_shut_out() -> None:
     logits = torch.zeros(1, 40, dtype=BF16)
     logits[0, [1, 39]] = -torch.inf
-    losses = ops.cross_entropy(logits, torch.tensor([5]), True)
+    losses, _ = ops.cross_entropy(logits, torch.tensor([5]), True)
     torch.testing.assert_close(losses, torch.full((1,), 38.0).log())
-    assert (logits[0, [1, 39]] == 0).all()
-    assert (logits[0] == 0).sum() == 2
+    assert (logits[0, [1, 5, 39]] == 0).all()  # the target as well
+    assert (logits[0] == 1).sum() == 37
 
 
 @needs_compiler
@@ -259,13 +269,19 @@ def test_number_of_threads_changes_nothing() -> None:
     inverse = torch.rand(101, 1)
     targets = torch.randint(0, 300, (101,))
 
+    def logits_and_parts() -> list[Tensor]:
+        logits = x.clone()
+        losses, parts = ops.cross_entropy(logits, targets, True)
+        assert parts is not None
+        return [logits, losses, *parts]
+
     def results() -> list[Tensor]:
         return [
             ops.quantized([x], [1.0]),
             ops.rms_norm_grad(x, x, weight, inverse),
             *ops.rms_norm_quantized(x, weight, 1e-5),
             *ops.swiglu_grad(x, x, x),
-            ops.cross_entropy(x.clone(), targets, True),
+            *logits_and_parts(),
             ops.square_sums([x.float(), inverse]),  # type: ignore[list-item]
         ]
 

@@ -229,6 +229,22 @@ def test_loss_in_parts(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (of_parts - of_whole).norm() < 0.01 * of_whole.norm()
 
 
+@pytest.mark.parametrize("confidence", [0.0, 0.1])
+def test_gradient_of_the_loss_is_that_of_exact_arithmetic(confidence: float) -> None:
+    """To the rounding of 16 bits, also where targets are foreseen and gradients are small."""
+    torch.manual_seed(0)
+    weight, targets = torch.randn(160, 64).to(BF16), torch.randint(160, (78,))
+    hidden = (torch.randn(78, 64) / 4 + confidence * weight[targets]).to(BF16).requires_grad_()
+    summed = loss_module._LinearCrossEntropy.apply(hidden, weight, targets)
+    (ours,) = torch.autograd.grad(summed / 7, hidden)
+    logits = (hidden @ weight.t()).detach().double()  # rounded alike
+    of_logits = (logits.softmax(-1) - functional.one_hot(targets, 160)) / 7
+    expected = of_logits @ weight.double()
+    errors = (ours - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert errors.max() < 0.006
+    assert (ours - expected).norm() < 0.003 * expected.norm()
+
+
 def test_loss_needs_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     made, _ = model()
     shapes = []

@@ -136,12 +136,15 @@ void falqon_swiglu_grad(const bf16* grad, const bf16* gate, const bf16* up, i64 
     }
 }
 
-// Cross entropy of rows of logits, which become the gradient: softmax minus one at the target.
-void falqon_cross_entropy(bf16* logits, const i64* targets, i64 rows, i64 n, i64 want_grad,
-                          float* losses) {
+// Cross entropy of rows of logits. With `sums` these become exp(logit - largest), but zero at the target:
+// the gradient, softmax minus one at the target, times the sum of all exponentials of the row, which is put
+// there. `at_targets`: the gradient at the target.
+void falqon_cross_entropy(bf16* logits, const i64* targets, i64 rows, i64 n, float* losses, float* sums,
+                          float* at_targets) {
 #pragma omp parallel for schedule(dynamic)
     for (i64 t = 0; t < rows; t++) {
         bf16* row = logits + t * n;
+        const float at_target = widen(row[targets[t]]);
         float largest = -__builtin_inff(), sum = 0.0f;
 #pragma omp simd reduction(max : largest)
         for (i64 i = 0; i < n; i++) largest = widen(row[i]) > largest ? widen(row[i]) : largest;
@@ -150,30 +153,28 @@ void falqon_cross_entropy(bf16* logits, const i64* targets, i64 rows, i64 n, i64
             i64 end = start + 1024 < n ? start + 1024 : n, i = start;
             float part = 0.0f;
 #ifdef __AVX512BW__
-            __m512 sums = _mm512_setzero_ps();
+            __m512 of_lanes = _mm512_setzero_ps();
             const __m512 shift = _mm512_set1_ps(largest);
-            for (; i + 16 <= end; i += 16)
-                sums = _mm512_add_ps(sums, exponentials(_mm512_sub_ps(widened(row + i), shift)));
-            part = _mm512_reduce_add_ps(sums);
+            for (; i + 16 <= end; i += 16) {
+                const __m512 e = exponentials(_mm512_sub_ps(widened(row + i), shift));
+                of_lanes = _mm512_add_ps(of_lanes, e);
+                if (sums) put_rounded(e, row + i);
+            }
+            part = _mm512_reduce_add_ps(of_lanes);
 #endif
-            for (; i < end; i++) part += exponential(widen(row[i]) - largest);
+#pragma omp simd reduction(+ : part)
+            for (i64 k = i; k < end; k++) {
+                const float e = exponential(widen(row[k]) - largest);
+                part += e;
+                row[k] = sums ? narrow(e) : row[k];
+            }
             sum += part;
         }
-        float at_target = widen(row[targets[t]]);
-        float log_sum = __builtin_logf(sum);
-        losses[t] = log_sum + largest - at_target;
-        if (!want_grad) continue;
-        float inverse = 1.0f / sum, p = exponential(at_target - largest) * inverse;
-        i64 i = 0;
-#ifdef __AVX512BW__
-        const __m512 shift = _mm512_set1_ps(largest), factor = _mm512_set1_ps(inverse);
-        for (; i + 16 <= n; i += 16) {
-            __m512 e = exponentials(_mm512_sub_ps(widened(row + i), shift));
-            put_rounded(_mm512_mul_ps(e, factor), row + i);
-        }
-#endif
-        for (; i < n; i++) row[i] = narrow(exponential(widen(row[i]) - largest) * inverse);
-        row[targets[t]] = narrow(p - 1.0f);
+        losses[t] = __builtin_logf(sum) + largest - at_target;
+        if (!sums) continue;
+        sums[t] = sum;
+        at_targets[t] = exponential(at_target - largest) / sum - 1.0f;
+        row[targets[t]] = 0;
     }
 }
 

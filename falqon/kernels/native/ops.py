@@ -257,23 +257,31 @@ def swiglu_grad(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]
     return d_gate, d_up
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, want_grad: bool) -> Tensor:
-    """Losses of rows of logits, which with `want_grad` become the gradient.
+def cross_entropy(
+    logits: Tensor, targets: Tensor, want_grad: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Losses of rows of logits, which with `want_grad` are left as parts of the gradient.
+
+    The gradient of a row is `exp(logits - max) / sum`, minus one at the target. Here it is in three
+    parts, so that each logit needs one exponential: what the logits become, which is zero at the
+    target and not divided by the sum; the sums; and the gradient at the target.
 
     Args:
-        logits: [T, n], contiguous; overwritten.
+        logits: [T, n], contiguous; overwritten with `want_grad`.
         targets: int64 [T], in [0, n).
-        want_grad: make the gradient of the summed losses from the logits.
+        want_grad: whether a gradient is wanted.
 
     Returns:
-        float32 [T].
+        The losses, float32 [T]; the sums and the gradients at the targets, float32 [T] each, or
+        None unless `want_grad`.
     """
     assert logits.is_contiguous() and targets.dtype == torch.int64
     targets = targets.contiguous()
-    losses = torch.empty(len(logits), dtype=torch.float32)
-    sizes = (_INT(logits.shape[0]), _INT(logits.shape[1]), _INT(want_grad))
-    call("cross_entropy", at(logits), at(targets), *sizes, at(losses))
-    return losses
+    losses, *parts = torch.empty(3, len(logits), dtype=torch.float32)
+    sizes = (_INT(logits.shape[0]), _INT(logits.shape[1]))
+    places = [at(part) if want_grad else None for part in parts]
+    call("cross_entropy", at(logits), at(targets), *sizes, at(losses), *places)
+    return losses, (parts[0], parts[1]) if want_grad else None
 
 
 def square_sums(tensors: Sequence[Tensor]) -> Tensor | None:
