@@ -12,6 +12,7 @@
 static const i64 TOGETHER = 6;  // panels of gradients that are read at a time, at most
 static const i64 DEEP = 512;    // and tokens
 static const i64 EARLY = 16;    // rows that they are fetched ahead
+static const i64 DUE = 256;     // tokens that are added to the gradients of B at a time, or more
 
 static i64 parts_of(i64 all, i64 at_a_time) { return (all + at_a_time - 1) / at_a_time; }
 
@@ -136,9 +137,9 @@ void falqon_amx_matmul(i64 layers, const bf16* x, i64 tokens, i64 in, const uint
 // How many 16-bit values the `work` of falqon_amx_matmul_grad has to have room for.
 i64 falqon_amx_matmul_grad_work(i64 layers, const i64* outs, i64 in, i64 rank, i64 tokens, i64 team) {
     const i64 wide = filled(rank), thin = layers * wide, out = sum_of(outs, layers);
-    return (out + thin) * in + out * wide + thin * (filled(tokens) + PANEL) +
-           most(Sections::rows(tokens, out, team) * (out + PANEL + thin),
-                team * TOGETHER * PANEL * (DEEP + 2 * wide));
+    const i64 rows = Sections::rows(tokens, out, team);
+    return (out + thin) * in + 3 * out * wide + thin * (filled(tokens) + PANEL) +
+           (2 * rows + DUE) * (out + PANEL) + rows * thin + team * TOGETHER * PANEL * DEEP;
 }
 
 // The same with gradients that there are.
@@ -148,33 +149,32 @@ void falqon_amx_matmul_grad(i64 layers, const bf16* const* grads, const i64* str
                             const float* factors, i64 rounded, const bf16* const* adapters,
                             const i64* adapter_strides, bf16* grad_input,
                             float* const* grad_proxies, i64 team, bf16* work) {
-    multiply_back(layers, grads, strides, Gradients{nullptr, nullptr}, tokens, in, codes, scales,
+    multiply_back(layers, Gradients{grads, strides, nullptr, nullptr}, tokens, in, codes, scales,
                   outs, rank, proxies, factors, rounded, adapters, adapter_strides, grad_input,
                   grad_proxies, team, work);
 }
 }
 
 // dL/dx = (g B) A + Q(g) W over all layers, if wanted, and dL/dB_i = g_i^T O_A_i, where wanted.
-void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, const Gradients& made,
-                   i64 tokens, i64 in, const uint8_t* const* codes, const float* const* scales,
-                   const i64* outs, i64 rank, const float* const* proxies, const float* factors,
-                   i64 rounded, const bf16* const* adapters, const i64* adapter_strides,
-                   bf16* grad_input, float* const* grad_proxies, i64 team, bf16* work) {
+void multiply_back(i64 layers, const Gradients& grads, i64 tokens, i64 in, const uint8_t* const* codes,
+                   const float* const* scales, const i64* outs, i64 rank, const float* const* proxies,
+                   const float* factors, i64 rounded, const bf16* const* adapters,
+                   const i64* adapter_strides, bf16* grad_input, float* const* grad_proxies, i64 team,
+                   bf16* work) {
     const i64 wide = filled(rank), thin = layers * wide, out = sum_of(outs, layers);
-    const i64 whole = filled(tokens), far = whole + PANEL;  // again a panel further apart than long
+    const i64 whole = filled(tokens), far = whole + PANEL;  // a panel further apart than long: see multiply
+    const i64 apart = out + PANEL, most_rows = Sections::rows(tokens, out, team);
     bf16 *of_weights = work, *of_adapters = of_weights + out * in;
     bf16 *of_proxies = of_adapters + thin * in, *columns = of_proxies + out * wide;
-    bf16* rest = columns + thin * far;  // for rows, then for panels and sums of threads
+    float* sums = reinterpret_cast<float*>(columns + thin * far);
+    bf16 *left = reinterpret_cast<bf16*>(sums + out * wide), *made = left + most_rows * apart;
+    bf16 *inner = made + (most_rows + DUE) * apart, *of_threads = inner + most_rows * thin;
     std::unique_ptr<Turn[]> turns;
     std::atomic<i64> panels_packed{0};
 #pragma omp parallel num_threads(int(team))
     {
         const i64 id = omp_get_thread_num(), threads = omp_get_num_threads();
         Ticket ticket(panels_packed);
-        if (made.make && !grad_input) {  // else a row is made when it is needed first
-#pragma omp for schedule(static)
-            for (i64 t = 0; t < tokens; t++) made.make(made.source, t);
-        }
         if (grad_input) {
             i64 row = 0;
             for (i64 l = 0; l < layers; row += outs[l], l++) {
@@ -202,12 +202,12 @@ void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, con
         }
         const Sections rows(tokens, out, threads);
         const i64 panels_of_input = in / PANEL, at_a_time = panels_at_a_time(out);
-        const i64 wide_rounds = parts_of(panels_of_input, at_a_time);
+        const i64 wide_rounds = grad_input ? parts_of(panels_of_input, at_a_time) : 0;
         i64 widest = 1;
         for (i64 l = 0; l < layers; l++) widest = most(widest, outs[l]);
         const i64 thin_together = panels_at_a_time(widest);
-        const i64 thin_rounds = proxies ? parts_of(thin / PANEL, thin_together) : 0;
-        // Columns of gradients whose sums over all tokens are a thread's work.
+        const i64 thin_rounds = grad_input && proxies ? parts_of(thin / PANEL, thin_together) : 0;
+        // Panels of gradients whose sums over all tokens are a piece of work.
         i64 wanted = 0, pieces = 0;
         for (i64 l = 0; l < layers; l++) wanted += grad_proxies[l] ? outs[l] / PANEL : 0;
         const i64 together = most(1, least(TOGETHER, wanted / (3 * threads)));
@@ -215,25 +215,33 @@ void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, con
             return grad_proxies[l] ? parts_of(outs[l] / PANEL, together) : 0;
         };
         for (i64 l = 0; l < layers; l++) pieces += pieces_of(l);
-#pragma omp single  // a section has a round for making its rows as well, and the pieces are one
-        turns.reset(new Turn[(rows.count * (1 + thin_rounds + wide_rounds) + 1) * threads]);
+#pragma omp single  // a section has a round for making its rows as well, and one for the pieces
+        turns.reset(new Turn[rows.count * (2 + thin_rounds + wide_rounds) * threads]);
         Tiles tiles;
         Writer writer;
         float units[layers];  // as compilers for Linux allow
         for (i64 l = 0; l < layers; l++) units[l] = *scales[0] / *scales[l];
-        // Rows of `left` are a panel further apart than long: evenly apart, they would meet in the cache.
-        const i64 apart = out + PANEL;
-        bf16 *left = rest, *inner = left + Sections::rows(tokens, out, threads) * apart;
+        bf16* panels = of_threads + id * TOGETHER * PANEL * DEEP;
         Turn* next = turns.get();
-        for (i64 s = 0; grad_input && s < rows.count; s++) {
+        i64 summed = 0;  // tokens that are in the sums
+        for (i64 s = 0; s < rows.count; s++) {
             const i64 m0 = rows.row(s), m1 = rows.row(s + 1);
+            // Gradients from the first token on that is not in the sums, a layer's or those of all.
+            const auto grad_at = [&](i64 l, i64 t) {
+                return grads.make ? made + (t - summed) * apart + sum_of(outs, l)
+                                  : grads.rows[l] + t * grads.strides[l];
+            };
+            const auto stride = [&](i64 l) { return grads.make ? apart : grads.strides[l]; };
             const auto make = [&](i64 m) {
                 for (i64 t = m0 + m; t < m0 + m + PANEL; t++) {
                     bf16* to = left + (t - m0) * apart;
-                    if (made.make) made.make(made.source, t);
-                    if (rounded) quantize_parts(layers, grads, outs, strides, units, t, E5M2, to);
+                    if (grads.make) grads.make(grads.source, t, made + (t - summed) * apart);
+                    if (!grad_input) continue;
+                    const bf16* parts[layers];
+                    for (i64 l = 0; l < layers; l++) parts[l] = grad_at(l, t);
+                    if (rounded) quantize_parts(layers, parts, outs, outs, units, 0, E5M2, to);
                     else for (i64 l = 0; l < layers; to += outs[l], l++)
-                        std::memcpy(to, grads[l] + t * strides[l], size_t(outs[l]) * 2);
+                        std::memcpy(to, parts[l], size_t(outs[l]) * 2);
                 }
             };
             if (thin_rounds != 1) {
@@ -241,14 +249,14 @@ void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, con
                 next += threads;
 #pragma omp barrier
             }
-            if (proxies) {
+            if (thin_rounds) {
                 rows.share_out(s, thin_rounds, next, id, threads, [&](i64 round, i64 m) {
                     if (thin_rounds == 1) make(m);
                     const i64 end = least((round + 1) * thin_together, thin / PANEL);
                     for (i64 p = round * thin_together; p < end; p++) {
                         const i64 l = p * PANEL / wide;
                         const bf16* panels = of_proxies + sum_of(outs, l) * wide;
-                        const Product of = {grads[l] + m0 * strides[l], strides[l], panels, outs[l]};
+                        const Product of = {grad_at(l, m0), stride(l), panels, outs[l]};
                         writer.block(of, m, p - l * wide / PANEL, inner + m * thin + p * PANEL, thin);
                     }
                 });
@@ -256,6 +264,48 @@ void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, con
                 next += thin_rounds * threads;
 #pragma omp barrier
             }
+            const i64 due = m1 - summed >= DUE || m1 == tokens ? filled(m1) - summed : 0;
+            share_out(1, due ? pieces : 0, next, id, threads, [&](i64, i64 piece) {
+                i64 l = 0;
+                float* to = sums;
+                for (i64 of; piece >= (of = pieces_of(l)); l++) piece -= of, to += outs[l] * wide;
+                const i64 begin = piece * together * PANEL;
+                const i64 count = least(together, (outs[l] - begin) / PANEL);
+                to += begin * wide;
+                for (i64 t = summed; t < summed + due; t += DEEP) {
+                    const i64 deep = least(DEEP, summed + due - t);
+                    const Plain grad = {grad_at(l, t), stride(l), tokens - t, outs[l], EARLY};
+                    pack_columns(grad, begin, deep, panels, count);
+                    const Product of = {columns + l * wide * far + t, far, panels, deep};
+                    float* block_to = to;
+                    for (i64 p = 0; p < count; p++)
+                        for (i64 r = 0; r < wide; r += PANEL, block_to += PANEL * PANEL) {
+                            if (t) add_to(of, r, p, block_to, PANEL);
+                            else block(of, r, p, block_to);
+                        }
+                }
+                if (m1 < tokens) return;
+                const float* from = to;
+                for (i64 p = 0; p < count; p++) for (i64 r = 0; r < wide; r += PANEL) {
+                    const i64 n = begin + p * PANEL;
+                    for (i64 quarter = 0; quarter < 4; quarter++) {
+                        i64 down = quarter / 2 * 16, across = quarter % 2 * 16;
+                        i64 there = most(0, least(16, rank - r - down));
+                        __m512i t[16];
+                        for (i64 i = 0; i < 16; i++)
+                            t[i] = _mm512_load_si512(from + (down + i) * PANEL + across);
+                        transpose(t);
+                        for (i64 i = 0; i < 16; i++) {
+                            __m512 value = widened(narrowed(_mm512_castsi512_ps(t[i])));
+                            float* to = grad_proxies[l] + (n + across + i) * rank + r + down;
+                            _mm512_mask_storeu_ps(to, __mmask16((1u << there) - 1u),
+                                                  _mm512_mul_ps(value, _mm512_set1_ps(factors[l])));
+                        }
+                    }
+                    from += PANEL * PANEL;
+                }
+            });
+            next += threads;
             const Product backbone = {left, apart, of_weights, out}, pending = {inner, thin, of_adapters, thin};
             rows.share_out(s, wide_rounds, next, id, threads, [&](i64 round, i64 m) {
                 const i64 end = least((round + 1) * at_a_time, panels_of_input);
@@ -265,48 +315,9 @@ void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, con
             });
             next += wide_rounds * threads;
             writer.finish();
+            if (due) summed = m1;
 #pragma omp barrier
         }
-        bf16* panels = rest + id * TOGETHER * PANEL * (DEEP + 2 * wide);
-        float* sums = reinterpret_cast<float*>(panels + TOGETHER * PANEL * DEEP);
-        share_out(1, pieces, next, id, threads, [&](i64, i64 piece) {
-            i64 l = 0;
-            for (i64 of; piece >= (of = pieces_of(l)); l++) piece -= of;
-            const i64 begin = piece * together * PANEL;
-            const i64 count = least(together, (outs[l] - begin) / PANEL);
-            for (i64 t = 0; t < whole; t += DEEP) {
-                const i64 deep = least(DEEP, whole - t);
-                const bf16* from = grads[l] + t * strides[l];
-                const Plain grad = {from, strides[l], tokens - t, outs[l], EARLY};
-                pack_columns(grad, begin, deep, panels, count);
-                const Product of = {columns + l * wide * far + t, far, panels, deep};
-                float* to = sums;
-                for (i64 p = 0; p < count; p++)
-                    for (i64 r = 0; r < wide; r += PANEL, to += PANEL * PANEL) {
-                        if (t) add_to(of, r, p, to, PANEL);
-                        else block(of, r, p, to);
-                    }
-            }
-            const float* from = sums;
-            for (i64 p = 0; p < count; p++) for (i64 r = 0; r < wide; r += PANEL) {
-                const i64 n = begin + p * PANEL;
-                for (i64 quarter = 0; quarter < 4; quarter++) {
-                    i64 down = quarter / 2 * 16, across = quarter % 2 * 16;
-                    i64 there = most(0, least(16, rank - r - down));
-                    __m512i t[16];
-                    for (i64 i = 0; i < 16; i++)
-                        t[i] = _mm512_load_si512(from + (down + i) * PANEL + across);
-                    transpose(t);
-                    for (i64 i = 0; i < 16; i++) {
-                        __m512 value = widened(narrowed(_mm512_castsi512_ps(t[i])));
-                        float* to = grad_proxies[l] + (n + across + i) * rank + r + down;
-                        _mm512_mask_storeu_ps(to, __mmask16((1u << there) - 1u),
-                                              _mm512_mul_ps(value, _mm512_set1_ps(factors[l])));
-                    }
-                }
-                from += PANEL * PANEL;
-            }
-        });
     }
 }
 

@@ -97,15 +97,13 @@ struct Passing {
 };
 
 struct PassingBack {
-    bf16 *values, *normed, *gate, *up, *middle, *attended, *q, *k, *v, *rest;
+    bf16 *values, *normed, *middle, *attended, *q, *k, *v, *rest;
     i64 size;
     PassingBack(const FalqonDecoder& of, bf16* memory) {
         const Sizes n(of);
         Cut cut = {memory};
         values = cut.part(n.tokens * n.inner);
         normed = cut.part(n.tokens * n.hidden);
-        gate = cut.part(n.tokens * n.inner);
-        up = cut.part(n.tokens * n.inner);
         middle = cut.part(n.tokens * n.hidden);
         attended = cut.part(n.tokens * n.heads);
         q = cut.part(n.tokens * n.heads);
@@ -139,14 +137,13 @@ void multiply(const FalqonDecoder& of, const FalqonTensors& with, i64 group, con
 }
 
 void multiply_back(const FalqonDecoder& of, const FalqonTensors& with, i64 group,
-                   const bf16* const* grads, const Gradients& made, const bf16* adapters,
-                   bf16* grad_input, float* const* grad_proxies, bf16* work) {
+                   const Gradients& grads, const bf16* adapters, bf16* grad_input, float* const* grad_proxies, bf16* work) {
     const FalqonGroup& by = of.groups[group];
     const i64 at = MEMBERS[group].first, count = MEMBERS[group].count;
     const bf16* parts[LAYERS];
     i64 strides[LAYERS];
     for (i64 l = 0; l < count; l++) parts[l] = adapters + l * by.rank, strides[l] = count * by.rank;
-    ::multiply_back(count, grads, of.outs + at, made, of.batch * of.length, by.in, with.codes + at,
+    ::multiply_back(count, grads, of.batch * of.length, by.in, with.codes + at,
                     with.scales + at, of.outs + at, by.rank, by.pending ? with.proxies + at : nullptr,
                     of.factors + at, by.quantised, parts, strides, grad_input, grad_proxies + at,
                     of.team, work);
@@ -192,13 +189,11 @@ struct Gated {
 // What makes the gradients of gate and up.
 struct GatedBack {
     const bf16 *grad, *gate, *up;
-    bf16 *of_gate, *of_up;
     i64 n;
-    static void make(const void* source, i64 t) {
+    static void make(const void* source, i64 t, bf16* to) {
         const GatedBack& of = *static_cast<const GatedBack*>(source);
         const i64 at = t * of.n;
-        swiglu_grad_row(of.grad + at, of.gate + at, of.up + at, of.n, of.of_gate + at,
-                        of.of_up + at);
+        swiglu_grad_row(of.grad + at, of.gate + at, of.up + at, of.n, to, to + of.n);
     }
 };
 
@@ -271,19 +266,20 @@ void falqon_amx_decoder_grad(const FalqonDecoder* decoder, const FalqonTensors* 
             below[i + 1] |= grad_proxies[MEMBERS[i].first + l] != nullptr;
     }
     if (!below[GROUPS]) return;
-    const Gradients there = {nullptr, nullptr};
-    multiply_back(of, with, 3, &grad, there, kept.adapters[3], below[3] ? values : nullptr,
+    const auto there = [&](const bf16* const* rows, i64 group) {
+        return Gradients{rows, of.outs + MEMBERS[group].first, nullptr, nullptr};
+    };
+    multiply_back(of, with, 3, there(&grad, 3), kept.adapters[3], below[3] ? values : nullptr,
                   grad_proxies, rest);
     if (!below[3]) return;
-    const bf16* const gated[] = {by_the_way.gate, by_the_way.up};
-    const GatedBack activated = {values, gate, up, by_the_way.gate, by_the_way.up, n.inner};
-    multiply_back(of, with, 2, gated, {GatedBack::make, &activated}, kept.adapters[2],
+    const GatedBack activated = {values, gate, up, n.inner};
+    multiply_back(of, with, 2, {nullptr, nullptr, GatedBack::make, &activated}, kept.adapters[2],
                   below[2] ? by_the_way.normed : nullptr, grad_proxies, rest);
     if (!below[2]) return;
     const bf16* const middle = by_the_way.middle;
     falqon_rms_norm_grad(by_the_way.normed, kept.middle, with.norms[1], kept.inverse[1], grad, n.tokens,
                          n.hidden, by_the_way.middle);
-    multiply_back(of, with, 1, &middle, there, kept.adapters[1],
+    multiply_back(of, with, 1, there(&middle, 1), kept.adapters[1],
                   below[1] ? by_the_way.attended : nullptr, grad_proxies, rest);
     if (!below[1]) return;
     const bf16* const heads[] = {by_the_way.q, by_the_way.k, by_the_way.v};
@@ -291,7 +287,7 @@ void falqon_amx_decoder_grad(const FalqonDecoder* decoder, const FalqonTensors* 
                               of.table_stride, with.first, with.last, of.batch, of.length, of.kv,
                               of.group, of.d, of.scaling, by_the_way.q, by_the_way.k,
                               by_the_way.v, of.team, rest);
-    multiply_back(of, with, 0, heads, there, kept.adapters[0],
+    multiply_back(of, with, 0, there(heads, 0), kept.adapters[0],
                   below[0] ? by_the_way.normed : nullptr, grad_proxies, rest);
     if (!below[0]) return;
     falqon_rms_norm_grad(by_the_way.normed, x, with.norms[0], kept.inverse[0], middle, n.tokens, n.hidden,

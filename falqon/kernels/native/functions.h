@@ -40,10 +40,12 @@ struct Left {
     const void* source;
 };
 
-// Gradients whose row t, of every layer, there is after `make(source, t)`, which may be called twice;
-// all there are without it.
+// Gradients of layers: rows of each that there are, `strides` apart, or `make(source, t, to)` makes row t
+// of all, side by side, some of them twice.
 struct Gradients {
-    void (*make)(const void* source, i64 t);
+    const bf16* const* rows;
+    const i64* strides;
+    void (*make)(const void* source, i64 t, bf16* to);
     const void* source;
 };
 
@@ -51,10 +53,10 @@ void multiply(i64 layers, const Left& x, i64 tokens, i64 in, const uint8_t* cons
               const float* const* scales, const i64* outs, i64 rank, const float* const* proxies,
               const float* factors, const bf16* onto, bf16* const* results, bf16* adapters, i64 team,
               bf16* work);
-void multiply_back(i64 layers, const bf16* const* grads, const i64* strides, const Gradients& made,
-                   i64 tokens, i64 in, const uint8_t* const* codes, const float* const* scales,
-                   const i64* outs, i64 rank, const float* const* proxies, const float* factors,
-                   i64 rounded, const bf16* const* adapters, const i64* adapter_strides,
-                   bf16* grad_input, float* const* grad_proxies, i64 team, bf16* work);
+void multiply_back(i64 layers, const Gradients& grads, i64 tokens, i64 in, const uint8_t* const* codes,
+                   const float* const* scales, const i64* outs, i64 rank, const float* const* proxies,
+                   const float* factors, i64 rounded, const bf16* const* adapters,
+                   const i64* adapter_strides, bf16* grad_input, float* const* grad_proxies, i64 team,
+                   bf16* work);
 
 #endif
