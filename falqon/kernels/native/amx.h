@@ -22,6 +22,7 @@
 
 static const i64 PANEL = 32;            // columns of a panel, rows of a block, k of a tile
 static const i64 AHEAD = 4096;          // bytes that panels are fetched ahead
+static const i64 NEAR = 640;            // k up to which 32 rows stay in the first-level cache
 static const i64 LEFT = 3 << 18;        // bytes of the left factor that are multiplied with
 static const i64 RIGHT = 5 << 17;       // so many of the panels at a time: both stay in the cache
 
@@ -44,11 +45,12 @@ struct Tiles {
 // Left factor [rows, k], and panels of the right one.
 struct Product { const bf16* left; i64 stride; const bf16* panels; i64 k; };
 
-// Between two operations on tiles: fetch 256 bytes, and do nothing for a moment. On a core that others
-// use as well (presumably its other hardware thread), tiles that are loaded and multiplied in close
+// Between two operations on tiles: fetch 256 bytes, if wanted, and do nothing for a moment. On a core that
+// others use as well (presumably its other hardware thread), tiles that are loaded and multiplied in close
 // succession take up to four times as long as on one that is free; set apart from each other, less.
+template <bool FETCH>
 static inline void pause_with(const char* next) {
-    for (int i = 0; i < 4; i++) _mm_prefetch(next + i * 64, _MM_HINT_T0);
+    for (int i = 0; FETCH && i < 4; i++) _mm_prefetch(next + i * 64, _MM_HINT_T0);
     asm volatile("nop; nop; nop; nop; nop; nop; nop; nop");
 }
 
@@ -60,33 +62,40 @@ static inline void pause_with(const char* next) {
     } while (0)
 
 // Add a product's block to the sums; `between(step)` is called between the multiplications of each 32 k.
-template <bool PASSING, class Between>
-static inline void add_product(const Product& of, i64 row, i64 panel, Between between) {
+template <bool PASSING, bool FETCH, class Between>
+static inline void add_steps(const Product& of, i64 row, i64 panel, Between between) {
     const bf16 *a = of.left + row * of.stride, *b = of.panels + panel * of.k * PANEL;
     i64 bytes = of.stride * 2;
     for (i64 k = 0; k < of.k; k += PANEL, b += PANEL * PANEL) {
         const char* next = reinterpret_cast<const char*>(b) + AHEAD;
         _tile_loadd(4, a + k, bytes);
-        pause_with(next);
+        pause_with<FETCH>(next);
         FALQON_LOAD_PANEL(6, b);
-        pause_with(next + 256);
+        pause_with<FETCH>(next + 256);
         _tile_dpbf16ps(0, 4, 6);
-        pause_with(next + 512);
+        pause_with<FETCH>(next + 512);
         _tile_loadd(5, a + 16 * of.stride + k, bytes);
-        pause_with(next + 768);
+        pause_with<FETCH>(next + 768);
         between(k / PANEL);
         _tile_dpbf16ps(2, 5, 6);
-        pause_with(next + 1024);
+        pause_with<FETCH>(next + 1024);
         FALQON_LOAD_PANEL(7, b + PANEL);
-        pause_with(next + 1280);
+        pause_with<FETCH>(next + 1280);
         _tile_dpbf16ps(1, 4, 7);
-        pause_with(next + 1536);
+        pause_with<FETCH>(next + 1536);
         _tile_dpbf16ps(3, 5, 7);
-        pause_with(next + 1792);
+        pause_with<FETCH>(next + 1792);
     }
 }
 
 #undef FALQON_LOAD_PANEL
+
+// The same. Panels that pass by, fetched, would drive out rows that stay for many of them.
+template <bool PASSING, class Between>
+static inline void add_product(const Product& of, i64 row, i64 panel, Between between) {
+    if (PASSING && of.k <= NEAR) add_steps<PASSING, false>(of, row, panel, between);
+    else add_steps<PASSING, true>(of, row, panel, between);
+}
 
 struct Nothing { void operator()(i64) const {} };
 
