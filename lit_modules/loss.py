@@ -30,7 +30,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Summed cross entropy of `h W^T`, with the gradient of h made in the forward pass.
 
     Of the logits there are only those of one chunk at a time, in 16 bits. What is saved is what
-    dL/dh is the sum of: what comes from the targets' rows of W, and what comes from all others.
+    dL/dh is put together of, in float32: the targets' rows of W, and the sum of all others times
+    the exponentials of their logits, [T, h] each in 16 bits; and a factor of both for each row.
     """
 
     @staticmethod
@@ -62,7 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         others, sums, at_targets, of_targets = ctx.saved_tensors
-        out = others.float().mul_((grad / sums).unsqueeze(1))
+        out = others.to(torch.float32, copy=True).mul_((grad / sums).unsqueeze(1))
         out.addcmul_(of_targets.float(), (grad * at_targets).unsqueeze(1))
         return out.to(others.dtype), None, None
 

@@ -318,23 +318,27 @@ def test_profiler_sees_the_parts() -> None:
     assert {"falqon::attention", "falqon::rms_norm", "falqon::swiglu_grad"} <= names
 
 
+@pytest.mark.parametrize("sections", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_memory_is_enough_for_any_number_of_threads(
-    count: int, monkeypatch: pytest.MonkeyPatch
+    count: int, sections: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = made().to(BF16)
-    expected = results(model)
+    """Nothing is written behind it, or read before it is written; also in sections of rows."""
+    model = made(intermediate_size=1536 if sections else 96).to(BF16)
+    sizes = {"rows": 4, "length": 203} if sections else {}
+    expected = results(model, **sizes)
     behind, given = 4096, []
 
     def guarded(size: int) -> Tensor:
-        given.append(torch.full((size + behind,), 1.5, dtype=BF16))
+        given.append(torch.full((size + behind,), torch.nan, dtype=BF16))
+        given[-1][size:] = 1.5
         return given[-1]
 
     monkeypatch.setattr(amx, "memory", guarded)
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
-        found = results(model)
+        found = results(model, **sizes)
     finally:
         torch.set_num_threads(before)
     assert len(given) == 4

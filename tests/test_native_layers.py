@@ -230,19 +230,23 @@ def test_loss_in_parts(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("confidence", [0.0, 0.1])
-def test_gradient_of_the_loss_is_that_of_exact_arithmetic(confidence: float) -> None:
+@pytest.mark.parametrize("mean", [0.0, 1.0])  # embeddings have one as large as what differs
+def test_gradient_of_the_loss_is_that_of_exact_arithmetic(confidence: float, mean: float) -> None:
     """To the rounding of 16 bits, also where targets are foreseen and gradients are small."""
     torch.manual_seed(0)
-    weight, targets = torch.randn(160, 64).to(BF16), torch.randint(160, (78,))
+    weight, targets = torch.randn(160, 64), torch.randint(160, (78,))
     hidden = (torch.randn(78, 64) / 4 + confidence * weight[targets]).to(BF16).requires_grad_()
+    weight = (weight + mean * torch.randn(64)).to(BF16)
     summed = loss_module._LinearCrossEntropy.apply(hidden, weight, targets)
-    (ours,) = torch.autograd.grad(summed / 7, hidden)
+    (ours,) = torch.autograd.grad(summed / 7, hidden, retain_graph=True)
+    assert torch.equal(torch.autograd.grad(summed / 7, hidden)[0], ours)  # leaves what is saved
     logits = (hidden @ weight.t()).detach().double()  # rounded alike
     of_logits = (logits.softmax(-1) - functional.one_hot(targets, 160)) / 7
     expected = of_logits @ weight.double()
     errors = (ours - expected).norm(dim=-1) / expected.norm(dim=-1)
-    assert errors.max() < 0.006
-    assert (ours - expected).norm() < 0.003 * expected.norm()
+    # Rounding the gradient at the target to 16 bits as well, or to its sum, is beyond these.
+    assert errors.max() < 0.0036
+    assert (ours - expected).norm() < 0.0026 * expected.norm()
 
 
 def test_loss_needs_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@
 static const i64 TOGETHER = 6;  // panels of gradients that are read at a time, at most
 static const i64 DEEP = 512;    // and tokens
 static const i64 EARLY = 16;    // rows that they are fetched ahead
-static const i64 DUE = 256;     // tokens that are added to the gradients of B at a time, or more
+static const i64 DUE = 256;     // so many tokens or more are added to gradients of B at a time, but for the last
 
 static i64 parts_of(i64 all, i64 at_a_time) { return (all + at_a_time - 1) / at_a_time; }
 
@@ -226,7 +226,7 @@ void multiply_back(i64 layers, const Gradients& grads, i64 tokens, i64 in, const
         i64 summed = 0;  // tokens that are in the sums
         for (i64 s = 0; s < rows.count; s++) {
             const i64 m0 = rows.row(s), m1 = rows.row(s + 1);
-            // Gradients from the first token on that is not in the sums, a layer's or those of all.
+            // Where row t of a layer's gradients is; of those that are made, from the first not in the sums on.
             const auto grad_at = [&](i64 l, i64 t) {
                 return grads.make ? made + (t - summed) * apart + sum_of(outs, l)
                                   : grads.rows[l] + t * grads.strides[l];
@@ -267,25 +267,25 @@ void multiply_back(i64 layers, const Gradients& grads, i64 tokens, i64 in, const
             const i64 due = m1 - summed >= DUE || m1 == tokens ? filled(m1) - summed : 0;
             share_out(1, due ? pieces : 0, next, id, threads, [&](i64, i64 piece) {
                 i64 l = 0;
-                float* to = sums;
-                for (i64 of; piece >= (of = pieces_of(l)); l++) piece -= of, to += outs[l] * wide;
+                float* total = sums;
+                for (i64 of; piece >= (of = pieces_of(l)); l++) piece -= of, total += outs[l] * wide;
                 const i64 begin = piece * together * PANEL;
                 const i64 count = least(together, (outs[l] - begin) / PANEL);
-                to += begin * wide;
+                total += begin * wide;
                 for (i64 t = summed; t < summed + due; t += DEEP) {
                     const i64 deep = least(DEEP, summed + due - t);
                     const Plain grad = {grad_at(l, t), stride(l), tokens - t, outs[l], EARLY};
                     pack_columns(grad, begin, deep, panels, count);
                     const Product of = {columns + l * wide * far + t, far, panels, deep};
-                    float* block_to = to;
+                    float* at = total;
                     for (i64 p = 0; p < count; p++)
-                        for (i64 r = 0; r < wide; r += PANEL, block_to += PANEL * PANEL) {
-                            if (t) add_to(of, r, p, block_to, PANEL);
-                            else block(of, r, p, block_to);
+                        for (i64 r = 0; r < wide; r += PANEL, at += PANEL * PANEL) {
+                            if (t) add_to(of, r, p, at, PANEL);
+                            else block(of, r, p, at);
                         }
                 }
                 if (m1 < tokens) return;
-                const float* from = to;
+                const float* from = total;
                 for (i64 p = 0; p < count; p++) for (i64 r = 0; r < wide; r += PANEL) {
                     const i64 n = begin + p * PANEL;
                     for (i64 quarter = 0; quarter < 4; quarter++) {

@@ -90,7 +90,7 @@ static inline void add_steps(const Product& of, i64 row, i64 panel, Between betw
 
 #undef FALQON_LOAD_PANEL
 
-// The same. Panels that pass by, fetched, would drive out rows that stay for many of them.
+// The same, panels being fetched or not: those that pass by would drive out rows that else stay for the next.
 template <bool PASSING, class Between>
 static inline void add_product(const Product& of, i64 row, i64 panel, Between between) {
     if (PASSING && of.k <= NEAR) add_steps<PASSING, false>(of, row, panel, between);

@@ -347,8 +347,8 @@ def _work(name: str, *sizes: object) -> Tensor:
 def memory(size: int) -> Tensor:
     """Memory for `size` 16-bit values, until a thread's next call: the same for all calls.
 
-    About twice the largest group's weights, and what a decoder layer has by the way: this would
-    otherwise be allocated and freed hundreds of times a step.
+    Two or three values for each of the largest group's weights, and what a decoder layer has by the
+    way: this would otherwise be allocated and freed hundreds of times a step.
     """
     kept: Tensor | None = getattr(_THREAD, "work", None)
     if kept is None or kept.numel() < size:

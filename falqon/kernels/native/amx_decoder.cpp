@@ -137,7 +137,8 @@ void multiply(const FalqonDecoder& of, const FalqonTensors& with, i64 group, con
 }
 
 void multiply_back(const FalqonDecoder& of, const FalqonTensors& with, i64 group,
-                   const Gradients& grads, const bf16* adapters, bf16* grad_input, float* const* grad_proxies, bf16* work) {
+                   const Gradients& grads, const bf16* adapters, bf16* grad_input,
+                   float* const* grad_proxies, bf16* work) {
     const FalqonGroup& by = of.groups[group];
     const i64 at = MEMBERS[group].first, count = MEMBERS[group].count;
     const bf16* parts[LAYERS];

@@ -136,9 +136,9 @@ void falqon_swiglu_grad(const bf16* grad, const bf16* gate, const bf16* up, i64 
     }
 }
 
-// Cross entropy of rows of logits. With `sums` these become exp(logit - largest), but zero at the target:
-// the gradient, softmax minus one at the target, times the sum of all exponentials of the row, which is put
-// there. `at_targets`: the gradient at the target.
+// Cross entropy of rows of logits. With `sums` these become exp(logit - largest), and zero at the target; the
+// sum of a row's exponentials, the target's included, is put there. Over it, they are the gradient but at the
+// target, where it is one less than the softmax: `at_targets`.
 void falqon_cross_entropy(bf16* logits, const i64* targets, i64 rows, i64 n, float* losses, float* sums,
                           float* at_targets) {
 #pragma omp parallel for schedule(dynamic)
