@@ -124,13 +124,14 @@ def test_qa_lora_merges_into_int4(
     untrained = outputs(method, model)
     train_steps(method, model, CASES[case][2])
     trained = outputs(method, model)
-    # Sums of 64 products in another order, and what bfloat16 rounds.
-    bound = 2e-6 if dtype == torch.float32 else 8e-3
 
     def check(merged: nn.Module) -> None:
+        """Sums of 64 products are in another order, and what bfloat16 rounds is another."""
         for out, before, after in zip(outputs(None, merged), untrained, trained, strict=True):
-            assert (out - after).norm() < bound * after.norm()
             assert (after - before).norm() > 0.5 * after.norm()
+            if dtype == torch.float32:
+                torch.testing.assert_close(out, after, rtol=0, atol=1e-5)
+            assert (out - after).norm() < (2e-6 if dtype == torch.float32 else 8e-3) * after.norm()
 
     codes = {n: m.codes.clone() for n, m in model.named_modules() if isinstance(m, Int4Linear)}
     scales = {n: m.scale.clone() for n, m in model.named_modules() if isinstance(m, Int4Linear)}
