@@ -80,8 +80,8 @@ def _counts(recipe: UpdateRecipe, layer: MeldedLinear | ShardedLayer) -> tuple[i
 
 
 def _score(recipe: UpdateRecipe, state: RowState, pending: Tensor) -> Tensor:
-    if recipe.select == "l1":
-        return pending.abs().sum(dim=1)
+    if recipe.select == "l1":  # so that its order does not decide about rows
+        return pending.abs().sum(dim=1, dtype=torch.float64).float()
     if recipe.select == "norm":
         return state.squares(pending)
     return state.expected_flips(pending)

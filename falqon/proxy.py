@@ -22,6 +22,7 @@ from falqon.kernels import (
     RowWrite,
     compensation,
 )
+from falqon.kernels.native import proxy as native
 from falqon.kernels.operands import are_consecutive
 from falqon.kernels.row_update import LARGEST
 from falqon.linear import MeldedLinear
@@ -75,6 +76,11 @@ class _Write(NamedTuple):
     rows: Tensor | None
     write: RowWrite
     written: Tensor | None = None
+
+
+def _columns(counts: list[RowUpdateCounts]) -> list[Tensor]:
+    """By field, float64 [layers] each."""
+    return [torch.stack([x.double() for x in column]) for column in zip(*counts, strict=True)]
 
 
 class ProxyUpdate:
@@ -164,10 +170,6 @@ class ProxyUpdate:
         """
         self._check()
         self._is_closed = False
-        clears = self.recipe.unselected == "clear"
-        project = self.recipe.written == "project"
-        lost: list[Tensor] = []
-        written: list[int] = []
         due: list[tuple[int, RowState]] = []
         for index, (name, melded) in enumerate(self.layers.items()):
             if only is not None and id(melded.B) not in only:
@@ -177,6 +179,42 @@ class ProxyUpdate:
             if state.steps % self.recipe.every == 0:
                 state.follow()
                 due.append((index, state))
+        if due and self._is_one_call([state for _, state in due]):
+            done = native.update([self._row_choice(state) for _, state in due])
+            self._collect(list(done.unbind(dim=1)), [], [index for index, _ in due])
+        else:
+            self._step_by_layer(due, number)
+
+    def _is_one_call(self, states: list[RowState]) -> bool:
+        """Whether the compiled function takes all of it."""
+        recipe = self.recipe
+        usual = recipe.select == "l1" and recipe.unselected == "keep" and not recipe.threshold
+        if not usual or recipe.max_age is not None or recipe.rounding != "nearest":
+            return False
+        if recipe.written == "project" or self.is_sharded:
+            return False
+        return all(native.takes(state.layer.codes, state.original) for state in states)
+
+    def _row_choice(self, state: RowState) -> native.Proxy:
+        layer = state.layer
+        return native.Proxy(
+            layer.B,
+            layer.codes,
+            layer.scale,
+            self.recipe.rows_of(layer.out_features, layer.rank),
+            layer.lora_scaling,
+            state.steps - 1,
+            state.original,
+            state.applied,
+            state.last_written,
+            state.touched,
+        )
+
+    def _step_by_layer(self, due: list[tuple[int, RowState]], number: int) -> None:
+        clears = self.recipe.unselected == "clear"
+        project = self.recipe.written == "project"
+        lost: list[Tensor] = []
+        written: list[int] = []
         chosen = choose_cut(self.recipe, [state for _, state in due])
 
         def writes() -> Iterator[_Write]:
@@ -195,7 +233,7 @@ class ProxyUpdate:
                 yield write
 
         counts = self._write(writes(), number)
-        self._collect(counts, lost, written)
+        self._collect(_columns(counts), lost, written)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -224,7 +262,7 @@ class ProxyUpdate:
             counts += self._write(self._flush_writes(group, len(counts), moments), number)
             del moments  # before the next group's are made
         self._is_closed = True
-        self._collect(counts, [], list(range(len(counts))), partial=not compensated)
+        self._collect(_columns(counts), [], list(range(len(counts))), partial=not compensated)
 
     def _flush_writes(
         self, group: list[str], first: int, moments: InputMoments | None
@@ -383,18 +421,17 @@ class ProxyUpdate:
 
     def _collect(
         self,
-        counts: list[RowUpdateCounts],
+        columns: list[Tensor],
         lost: list[Tensor],
         written: list[int],
         partial: bool = True,
     ) -> None:
-        """Add up what was written; `partial`: where layers are cut up, by this rank."""
-        if not counts:
+        """Add up what was written; `partial`: where layers are cut up, by this rank.
+
+        `columns`: a field of `RowUpdateCounts` each, float64 [layers].
+        """
+        if not columns:
             return
-        columns = [
-            torch.stack([value.double() for value in column])
-            for column in zip(*counts, strict=True)
-        ]
         if self.is_sharded and partial:
             columns[1:] = self._over_ranks(torch.stack(columns[1:])).unbind()
         lost_by_layer = torch.stack(lost) if lost else torch.zeros_like(columns[-1])

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from falqon.errors import InputError
 from falqon.fp8 import E4M3, E5M2, Format, decode, encode, quantize
-from falqon.kernels.native import build, ops
+from falqon.kernels.native import build, ops, proxy
 from falqon.kernels.rms_norm_quantize import rms_norm_grad, rms_norm_quantize
 from falqon.kernels.row_update import Origin, row_update
 
@@ -93,29 +93,35 @@ def test_rows_are_rounded_written_and_counted(chosen: bool) -> None:
     hard = torch.cat([values, middles, *around, torch.tensor([464.0, 1e9, 1e-45, torch.inf])])
     hard = torch.cat([hard, -hard, torch.tensor([torch.nan])])
     spread = torch.ldexp(torch.randn(3 * len(hard)), torch.randint(-14, 10, (3 * len(hard),)))
-    target = torch.stack([hard, *spread.view(3, -1)])
+    target = torch.stack([hard, *spread.view(3, -1)]) + 0.0  # -0 and a change of 0 is 0
     rows = torch.tensor([5, 0, 3, 4]) if chosen else None
     codes = torch.randint(0, 256, (6, len(hard)), dtype=torch.uint8)
     codes = torch.where(codes % 128 == 127, codes - 1, codes)
     codes[0, ::2] = encode(target, E4M3)[1, ::2]
-    untouched, wanted = codes.clone(), torch.randn_like(target) * 3
-    expected, old = codes.clone(), untouched[rows if chosen else slice(4)]
+    adapter = encode(torch.randn(2, len(hard)) * 3, E4M3)
+    untouched, change = torch.cat([codes, adapter]), torch.randn(4, 2)
+    wanted = change @ decode(adapter, E4M3)
+    where = rows if chosen else slice(4)
+    expected, old = untouched.clone(), untouched[where]
     new = encode(target, E4M3)
-    expected[rows if chosen else slice(4)] = new
-    done = ops.write_rows(target, wanted, rows, codes)
-    assert torch.equal(codes, expected)
-    assert done[:2].tolist() == [int((new != old).sum()), int((new & 127 == 126).sum())]
-    assert done[2].isnan()
+    expected[where] = new
+    merged, one = untouched.clone(), torch.tensor([1.0])
+    done = proxy.write_rows(merged, one, rows, change, (target, torch.zeros(4, 2)))
+    assert torch.equal(merged, expected)
+    counts = [4, new.numel(), int((new != old).sum()), int((new & 127 == 126).sum())]
+    assert done[:4].tolist() == counts and done[4].isnan()
     finite = [1, 2, 3]
     some = torch.arange(3) if chosen else None
     again = untouched.clone()
-    done = ops.write_rows(target[finite], wanted[finite], some, again)
+    origin = (target[finite], torch.zeros(3, 2))
+    done = proxy.write_rows(again, one, some, change[finite], origin)
     landed = (decode(new[finite], E4M3) - decode(untouched[:3], E4M3)).double()
-    torch.testing.assert_close(done[2], (landed * wanted[finite]).sum(), rtol=1e-5, atol=0.1)
-    torch.testing.assert_close(done[3], wanted[finite].double().square().sum(), rtol=1e-6, atol=0)
-    assert ops.write_rows(target[:0], wanted[:0], None, again).tolist() == [0, 0, 0, 0]
-    with pytest.raises(AssertionError):
-        ops.write_rows(target[:1], wanted[:1], torch.tensor([6]), codes)
+    torch.testing.assert_close(done[4], (landed * wanted[finite]).sum(), rtol=1e-5, atol=0.1)
+    torch.testing.assert_close(done[5], wanted[finite].double().square().sum(), rtol=1e-6, atol=0)
+    assert proxy.write_rows(again, one, None, change[:0]).tolist() == [0] * 6
+    for outside in (6, -1):
+        with pytest.raises(AssertionError):
+            proxy.write_rows(merged, one, torch.tensor([outside]), change[:1])
 
 
 @needs_compiler
@@ -125,20 +131,20 @@ def test_a_row_update_is_that_of_plain_torch(
     kind: str, every_row: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    out, n, rank, scale = 37, 70, 8, torch.tensor([16.0])
+    out, n, rank, scale = 37, 170, 8, torch.tensor([16.0])
     codes = encode(torch.randn(out + rank, n) * 16, E4M3)
     rows = None if every_row else torch.tensor([30, 2, 17, 4])
-    proxy = torch.randn(out if rows is None else 4, rank) * 0.05
-    proxy[1], proxy[2, 3] = 0, torch.nan
-    values = encode(torch.randn(len(proxy), n) * 16, E4M3)
+    change = torch.randn(out if rows is None else 4, rank) * 0.05
+    change[1], change[2, 3] = 0, torch.nan
+    values = encode(torch.randn(len(change), n) * 16, E4M3)
     if kind == "weights":
-        values = torch.randn(len(proxy), n, dtype=BF16)  # type: ignore[assignment]
-    origin = None if kind == "codes at hand" else Origin(values, torch.randn_like(proxy) * 0.1)
+        values = torch.randn(len(change), n, dtype=BF16)  # type: ignore[assignment]
+    origin = None if kind == "codes at hand" else Origin(values, torch.randn_like(change) * 0.1)
     results = []
     for switch in ("on", "off"):
         monkeypatch.setenv("FALQON_NATIVE", "auto" if switch == "on" else "off")
         own = codes.clone()
-        counts, rest = row_update(own, scale, rows, proxy, origin=origin)
+        counts, rest = row_update(own, scale, rows, change, origin=origin)
         assert rest is None
         results.append((own, counts))
     (ours, counted), (plain, expected) = results

@@ -12,6 +12,7 @@ from falqon.fp8 import E4M3, decode, encode, encode_stochastic, philox
 from falqon.kernels import devices, transposed
 from falqon.kernels.compensated import Compensation, encode_compensated
 from falqon.kernels.native import ops
+from falqon.kernels.native import proxy as native
 from falqon.kernels.operands import are_consecutive
 from falqon.recipe import Rounding
 
@@ -28,8 +29,8 @@ class RowUpdateCounts(NamedTuple):
         codes: codes in those rows, int64.
         flipped: codes that changed, int64.
         saturated: codes of written rows at the largest magnitude, int64.
-        projection: sum of landed x wanted change over the written rows, float64; of a row at least
-            it is summed in float32.
+        projection: sum of landed x wanted change over the written rows, float64; of 128 values at
+            least it is summed in float32.
         wanted: sum of squares of the wanted change, likewise.
     """
 
@@ -170,10 +171,11 @@ def row_update(
     if compensation is None:
         keep &= size > 0
     if bool(keep.all()):
-        wanted, target = _targets(codes, scale, rows, proxy, origin)
         in_one = rounding == "nearest" and compensation is None and gram_inverse is None
-        if in_one and _is_native(codes):
-            return _write_natively(codes, scale, rows, wanted, target), None
+        if in_one and native.takes(codes, None if origin is None else origin.values):
+            done = native.write_rows(codes, scale, rows, proxy, origin)
+            return RowUpdateCounts(*done[:4].long(), *done[4:]), None
+        wanted, target = _targets(codes, scale, rows, proxy, origin)
         new = _round(codes, rows, target, rounding, counter, compensation, place)
         return _write(codes, scale, rows, wanted, target, new, gram_inverse)
     # Selecting rows and starting again costs less than masking whole matrices every time.
@@ -333,25 +335,8 @@ def _write(
     return counts, ((target - after) @ adapter.t()) @ gram_inverse
 
 
-def _is_native(codes: Tensor) -> bool:
-    """Whether the C++ takes these codes."""
-    plain = type(codes) in (Tensor, nn.Parameter) and codes.is_cpu and codes.dtype == torch.uint8
-    return plain and codes.is_contiguous() and ops.usable()
-
-
-def _write_natively(
-    codes: Tensor, scale: Tensor, rows: Tensor | None, wanted: Tensor, target: Tensor
-) -> RowUpdateCounts:
-    """Round to the nearest codes, write and count, in one pass; every row counts as written."""
-    done = ops.write_rows(target, wanted, rows, codes)
-    flipped, saturated = done[:2].long()
-    projection, squares = done[2:] / scale.double().square()
-    written, number = torch.tensor([len(wanted), wanted.numel()], device="cpu")
-    return RowUpdateCounts(written, number, flipped, saturated, projection, squares)
-
-
 def _values(codes: Tensor) -> Tensor:
-    if _is_native(codes):
+    if native.takes(codes):
         return ops.values(codes)
     return decode(codes, E4M3) if codes.dtype == torch.uint8 else codes
 

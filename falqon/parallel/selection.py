@@ -15,12 +15,16 @@ from falqon.parallel.layers import ShardedLayer
 
 
 def norms(layers: Sequence[ShardedLayer]) -> list[Tensor]:
-    """L1 norms of all rows of B, as pending changes; float32 [out] a layer."""
+    """L1 norms of all rows of B, as pending changes, as `falqon.choice` sums them.
+
+    Returns:
+        float32 [out] a layer.
+    """
 
     def put(layer: ShardedLayer, into: Tensor) -> None:
         start, own = layer.own_b()
         own = own * layer.lora_scaling
-        into[start : start + len(own)] = own.abs().sum(dim=1)
+        into[start : start + len(own)] = own.abs().sum(dim=1, dtype=torch.float64)
 
     return _exchange(layers, [(layer.out_features,) for layer in layers], put)
 

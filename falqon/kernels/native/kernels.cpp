@@ -37,32 +37,6 @@ void falqon_values(const uint8_t* codes, i64 n, float* out) {
     for (i64 i = 0; i < n; i++) out[i] = value_of(codes[i]);
 }
 
-// Round rows [count, n] to E4M3 and write their codes over rows of a matrix, or over its first ones;
-// for each row, how many codes changed, how many are at the largest magnitude, and the sums of
-// landed times wanted change, and of the squares of the latter.
-void falqon_write_rows(const float* target, const float* wanted, const i64* rows, i64 count, i64 n,
-                       uint8_t* codes, double* done) {
-#pragma omp parallel for schedule(static)
-    for (i64 r = 0; r < count; r++) {
-        const float *from = target + r * n, *change = wanted + r * n;
-        uint8_t* to = codes + (rows ? rows[r] : r) * n;
-        int flipped = 0, full = 0;
-        float along = 0.0f, squares = 0.0f;
-#pragma omp simd reduction(+ : flipped, full, along, squares)
-        for (i64 i = 0; i < n; i++) {
-            const float value = round_fp8(from[i], E4M3), before = value_of(to[i]);
-            const uint8_t code = code_of(value);
-            flipped += code != to[i];
-            full += value == E4M3.max || value == -E4M3.max;
-            along += (value - before) * change[i];
-            squares += change[i] * change[i];
-            to[i] = code;
-        }
-        done[4 * r] = flipped, done[4 * r + 1] = full;
-        done[4 * r + 2] = double(along), done[4 * r + 3] = double(squares);
-    }
-}
-
 // Rows of several tensors side by side: see quantize_parts.
 void falqon_quantize(i64 parts, const bf16* const* x, const i64* widths, const i64* strides,
                      const float* factors, i64 rows, i64 is_e5m2, bf16* out) {

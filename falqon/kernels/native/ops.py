@@ -113,35 +113,6 @@ def values(codes: Tensor) -> Tensor:
     return out
 
 
-def write_rows(target: Tensor, wanted: Tensor, rows: Tensor | None, codes: Tensor) -> Tensor:
-    """Round rows to E4M3 and write their codes, in place.
-
-    Args:
-        target: what to round, float32 [k, n].
-        wanted: how far that is from what the codes are there for, float32 [k, n].
-        rows: int64 [k], distinct, which rows of `codes` these are; None for the first ones.
-        codes: uint8 [m, n], contiguous.
-
-    Returns:
-        float64 [4]: codes that changed, codes at the largest magnitude, and the sums of landed
-        times wanted change and of squares of the latter; those of a row are summed in float32.
-    """
-    target, wanted = target.contiguous(), wanted.contiguous()
-    rows = rows if rows is None else rows.contiguous()
-    (count, n), many = target.shape, codes.shape[0]
-    assert target.dtype == wanted.dtype == torch.float32 and codes.dtype == torch.uint8
-    assert codes.is_contiguous() and codes.shape[1] == n and wanted.shape == target.shape
-    if rows is not None:
-        assert rows.dtype == torch.int64 and rows.shape == (count,)
-        assert not count or 0 <= int(rows.min()) <= int(rows.max()) < many
-    assert rows is not None or count <= many
-    done = torch.empty(count, 4, dtype=torch.float64, device="cpu")
-    numbers = None if rows is None else at(rows)
-    call("write_rows", at(target), at(wanted), numbers, _INT(count), _INT(n), at(codes), at(done))
-    torch.autograd.graph.increment_version(codes)  # autograd does not see the C++ write
-    return done.sum(dim=0)
-
-
 def _quantize(
     call: Callable[..., None],
     parts: Sequence[Tensor],
