@@ -453,8 +453,7 @@ class ProxyUpdate:
         """What the last write did; waits for the device. None before the first step."""
         if not any(state.steps for state in self.states.values()) and not self._counts:
             return None
-        parts = [state.pending_sums() for state in self.states.values()]
-        pending = self._over_ranks(torch.stack(parts).sum(dim=0))
+        pending = self._over_ranks(self._pending_sums().sum(dim=0))
         counts = torch.stack(self._counts) if self._counts else pending.new_zeros(7)
         sums = torch.cat([counts, pending]).tolist()
         written, written_codes, flipped, saturated, projection, wanted, lost, *sums = sums
@@ -470,6 +469,20 @@ class ProxyUpdate:
             pending_norm=squared**0.5,
             staleness=age / waiting if waiting else 0.0,
         )
+
+    def _pending_sums(self) -> Tensor:
+        """Of each layer, see `RowState.pending_sums`."""
+        states = list(self.states.values())
+        if self.is_sharded or not all(native.takes(state.layer.codes) for state in states):
+            return torch.stack([state.pending_sums() for state in states])
+        layers = []
+        for state in states:
+            b, factor = state.layer.B, state.layer.lora_scaling
+            state.follow()
+            layers.append(
+                native.Pending(b, state.gram, factor, state.steps - 1, state.last_written)
+            )
+        return native.pending_sums(layers)
 
     def lengths_by_layer(self) -> dict[str, tuple[float, float]]:
         """Wanted and landed change of each layer over all writes since the start of training.

@@ -129,3 +129,20 @@ def test_autograd_sees_what_was_written() -> None:
     update.step(0)
     for layer, (b, codes) in zip(layers, before, strict=True):
         assert layer.B._version > b and layer.codes._version > codes
+
+
+@pytest.mark.parametrize("rank", [1, 64, 130])
+def test_pending_sums(rank: int) -> None:
+    torch.manual_seed(0)
+    b = torch.randn(37, rank)
+    b[3] = 0.0
+    root = torch.randn(rank, 2 * rank)
+    written = torch.randint(-1, 5, (37,), dtype=torch.int32)
+    layer = proxy.Pending(b, root @ root.t(), 0.5, 7, written)
+    nothing = layer._replace(b=torch.zeros(2, rank), last_written=written[:2].clone())
+    squares, age, waiting = proxy.pending_sums([layer, nothing]).unbind(dim=1)
+    exact = (b.double() * 0.5 @ root.double()).square().sum()
+    torch.testing.assert_close(squares, torch.stack([exact, exact * 0]), rtol=1e-5, atol=0)
+    held = torch.arange(37) != 3
+    assert age.tolist() == [float((7 - written)[held].sum()), 0.0]
+    assert waiting.tolist() == [36.0, 0.0]

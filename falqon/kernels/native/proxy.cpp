@@ -43,6 +43,15 @@ struct FalqonProxy {
     int32_t* last_written;
     uint8_t* touched;
 };
+
+// What is pending in a layer's B.
+struct FalqonPending {
+    const float *b, *gram;  // [out, rank], and A A^T
+    i64 out, rank;
+    float factor;
+    int32_t now;
+    const int32_t* last_written;
+};
 }
 
 namespace {
@@ -244,6 +253,40 @@ void falqon_proxy_update(i64 layers, const FalqonProxy* of, double* done) {
         Room room;
 #pragma omp for schedule(dynamic)
         for (i64 l = 0; l < layers; l++) update(of[l], room).put(double(*of[l].scale), done + 6 * l);
+    }
+}
+
+// For each layer the squared norm of what is pending, steps that such rows have waited, and their number.
+void falqon_pending_sums(i64 layers, const FalqonPending* of_layers, double* done) {
+#pragma omp parallel
+    {
+        std::vector<float> change, gram;
+#pragma omp for schedule(dynamic)
+        for (i64 l = 0; l < layers; l++) {
+            const FalqonPending& of = of_layers[l];
+            const i64 rank = of.rank;
+            change.resize(size_t(rank));
+            double squares = 0.0, age = 0.0, waiting = 0.0;
+            for (i64 column = 0; column < rank; column += STRIP) {
+                const i64 n = std::min(STRIP, rank - column);
+                gram.assign(size_t(rank * STRIP), 0.0f);
+                for (i64 j = 0; j < rank; j++)
+                    std::copy_n(of.gram + j * rank + column, n, gram.data() + j * STRIP);
+                for (i64 row = 0; row < of.out; row++) {
+                    const float* b = of.b + row * rank;
+                    float *x = change.data(), y[STRIP], size = 0.0f, sum = 0.0f;
+#pragma omp simd reduction(+ : size)
+                    for (i64 j = 0; j < rank; j++) x[j] = b[j] * of.factor, size += std::fabs(x[j]);
+                    if (size == 0.0f) continue;
+                    multiply(x, rank, gram.data(), y);
+#pragma omp simd reduction(+ : sum)
+                    for (i64 j = 0; j < n; j++) sum += x[column + j] * y[j];
+                    squares += double(sum);
+                    if (column == 0) age += double(of.now - of.last_written[row]), waiting += 1.0;
+                }
+            }
+            done[3 * l] = squares, done[3 * l + 1] = age, done[3 * l + 2] = waiting;
+        }
     }
 }
 }

@@ -57,6 +57,35 @@ class _Proxy(ctypes.Structure):  # FalqonProxy of proxy.cpp
     ]
 
 
+class _Pending(ctypes.Structure):  # FalqonPending of proxy.cpp
+    _fields_ = [
+        ("b", _POINTER),
+        ("gram", _POINTER),
+        ("out", _INT),
+        ("rank", _INT),
+        ("factor", ctypes.c_float),
+        ("now", ctypes.c_int32),
+        ("last_written", _POINTER),
+    ]
+
+
+class Pending(NamedTuple):
+    """What is pending in a layer's B.
+
+    Attributes:
+        b: float32 [out, r].
+        gram: A A^T, float32 [r, r].
+        factor: what B is multiplied by.
+        now, last_written: the step it is, and in which each row was written, int32 [out].
+    """
+
+    b: Tensor
+    gram: Tensor
+    factor: float
+    now: int
+    last_written: Tensor
+
+
 class Proxy(NamedTuple):
     """A layer whose rows are to be chosen and written.
 
@@ -163,4 +192,24 @@ def update(layers: Sequence[Proxy]) -> Tensor:
     done = torch.zeros(len(layers), _COUNTS, dtype=torch.float64, device="cpu")
     ops.call("proxy_update", _INT(len(layers)), given, ops.at(done))
     torch.autograd.graph.increment_version([t for of in layers for t in (of.b, of.codes)])
+    return done
+
+
+def pending_sums(layers: Sequence[Pending]) -> Tensor:
+    """What is pending in layers, in one call.
+
+    Args:
+        layers: all tensors contiguous and on the CPU.
+
+    Returns:
+        float64 [layers, 3]: the squared norm of B A, steps that rows with something pending have
+        waited, and their number.
+    """
+    given = (_Pending * len(layers))()
+    for to, of in zip(given, layers, strict=True):
+        to.out, to.rank = of.b.shape
+        to.b, to.gram, to.factor = of.b.data_ptr(), of.gram.data_ptr(), of.factor
+        to.now, to.last_written = of.now, of.last_written.data_ptr()
+    done = torch.zeros(len(layers), 3, dtype=torch.float64, device="cpu")
+    ops.call("pending_sums", _INT(len(layers)), given, ops.at(done))
     return done
