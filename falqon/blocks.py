@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -380,6 +381,60 @@ class GroupedQwen3DecoderLayer(GroupedDecoderLayer, qwen3.Qwen3DecoderLayer):
     """Qwen3's."""
 
 
+class _RmsNorm(torch.autograd.Function):
+    """RMSNorm of [..., n] by the compiled CPU path; none for the weight, which is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        out, inverse_rms = ops.rms_norm_quantized(rows, weight, eps, rounded=False)
+        ctx.save_for_backward(rows, weight, inverse_rms)
+        return out.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        rows, weight, inverse_rms = ctx.saved_tensors
+        out = ops.rms_norm_grad(grad.reshape(rows.shape), rows, weight, inverse_rms)
+        return out.view(grad.shape), None, None
+
+
+class FinalNorm(nn.Module):
+    """The norm behind the last decoder layer, in one operation each way in training on a CPU.
+
+    Forward to the bit what transformers' is; the gradient is rounded once, theirs at every product.
+    """
+
+    weight: nn.Parameter
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., n] normed."""
+        weight = self.weight
+        if not hidden_states.requires_grad or weight.requires_grad:
+            return super().forward(hidden_states)
+        if not ops.usable(hidden_states, weight):
+            return super().forward(hidden_states)
+        out: Tensor = _RmsNorm.apply(hidden_states, weight, self.variance_epsilon)
+        return out
+
+
+class FinalLlamaNorm(FinalNorm, llama.LlamaRMSNorm):
+    """Llama's."""
+
+
+class FinalMistralNorm(FinalNorm, mistral.MistralRMSNorm):
+    """Mistral's."""
+
+
+class FinalQwen2Norm(FinalNorm, qwen2.Qwen2RMSNorm):
+    """Qwen2's."""
+
+
+class FinalQwen3Norm(FinalNorm, qwen3.Qwen3RMSNorm):
+    """Qwen3's."""
+
+
 class _Family(NamedTuple):
     """Where a family's classes are in transformers, and what takes their place."""
 
@@ -387,6 +442,7 @@ class _Family(NamedTuple):
     name: str
     attention: type[GroupedAttention]
     layer: type[GroupedDecoderLayer]
+    norm: type[FinalNorm]
 
     def original(self, part: str) -> type[nn.Module]:
         """The class of a decoder layer's part: its exact one, for a subclass may do anything."""
@@ -395,10 +451,12 @@ class _Family(NamedTuple):
 
 
 _FAMILIES = (
-    _Family(llama, "Llama", GroupedLlamaAttention, GroupedLlamaDecoderLayer),
-    _Family(mistral, "Mistral", GroupedMistralAttention, GroupedMistralDecoderLayer),
-    _Family(qwen2, "Qwen2", GroupedQwen2Attention, GroupedQwen2DecoderLayer),
-    _Family(qwen3, "Qwen3", GroupedQwen3Attention, GroupedQwen3DecoderLayer),
+    _Family(llama, "Llama", GroupedLlamaAttention, GroupedLlamaDecoderLayer, FinalLlamaNorm),
+    _Family(
+        mistral, "Mistral", GroupedMistralAttention, GroupedMistralDecoderLayer, FinalMistralNorm
+    ),
+    _Family(qwen2, "Qwen2", GroupedQwen2Attention, GroupedQwen2DecoderLayer, FinalQwen2Norm),
+    _Family(qwen3, "Qwen3", GroupedQwen3Attention, GroupedQwen3DecoderLayer, FinalQwen3Norm),
 )
 _ARGUMENTS = {
     "Attention": "hidden_states position_embeddings attention_mask past_key_values kwargs",
@@ -409,7 +467,7 @@ _ARGUMENTS = {
 
 
 def group_blocks(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
-    """Swap attentions and MLPs whose melded layers can be groups, in place.
+    """Swap attentions and MLPs whose melded layers can be groups, and final norms, in place.
 
     What is swapped already, and what is of no known family, is left as it is.
 
@@ -423,6 +481,9 @@ def group_blocks(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str
     grouped: dict[str, tuple[str, ...]] = {}
     refused: dict[str, str] = {}
     for name, layer in list(model.named_modules()):
+        whole = next((f for f in _FAMILIES if type(layer) is f.original("Model")), None)
+        if whole is not None and type(layer.norm) is whole.original("RMSNorm"):
+            layer.norm = _take_over(whole.norm, layer.norm)
         family = next((f for f in _FAMILIES if type(layer) is f.original("DecoderLayer")), None)
         if family is None:
             continue

@@ -25,6 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from falqon import blocks
 from falqon.blocks import Grouped, GroupedAttention, GroupedMlp, group_blocks
 from falqon.errors import InputError
+from falqon.kernels.native import build
 from falqon.kernels.operands import are_consecutive
 from falqon.linear import MeldedLinear
 from falqon.meld import meld, melded_layers
@@ -131,6 +132,7 @@ def signal_to_noise(result: Tensor, reference: Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grouped_is_ungrouped(family: str, recipe: str, dtype: torch.dtype) -> None:
     grouped, single = make(family, recipe, dtype)
+    single.model.norm.__class__ = type(grouped.model.norm)  # its gradient has a test of its own
     logits, found = gradients(grouped, tokens())
     wanted_logits, wanted = gradients(single, tokens())
     assert torch.equal(logits, wanted_logits)
@@ -490,3 +492,34 @@ def test_members_stay_layers_of_their_own() -> None:
     assert type(layer) is MeldedLinear
     x = torch.randn(3, 32)
     assert torch.equal(layer(x), make()[1].model.layers[0].self_attn.k_proj(x))
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_final_norm_in_one_operation(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    grouped, single = make(family, dtype=torch.bfloat16)
+    norm, theirs = grouped.model.norm, single.model.norm
+    assert isinstance(norm, type(theirs)) and isinstance(norm, blocks.FinalNorm)
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 32).bfloat16().requires_grad_()
+    grad = torch.randn(3, 5, 32).bfloat16()
+    results = []
+    for module in (norm, theirs):
+        module.requires_grad_(False)
+        out = module(x)
+        results.append((out, *torch.autograd.grad(out, x, grad)))
+    (ours, of_ours), (out, of_theirs) = results
+    assert type(ours.grad_fn).__name__ == "_RmsNormBackward" and torch.equal(ours, out)
+    wide = x.detach().double().requires_grad_()
+    exact = wide * (wide.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+    (of_exact,) = torch.autograd.grad(exact * norm.weight.double(), wide, grad.double())
+    errors = [float((g - of_exact).norm() / of_exact.norm()) for g in (of_ours, of_theirs)]
+    assert errors[0] < 0.002 < errors[1] < 0.01
+    # Whatever it is not made for goes the usual way.
+    norm.requires_grad_(True)
+    assert type(norm(x).grad_fn).__name__ == "MulBackward0"
+    norm.requires_grad_(False)
+    assert torch.equal(norm(x.detach()), out) and not norm(x.detach()).requires_grad
+    monkeypatch.setenv("FALQON_NATIVE", "off")
+    assert type(norm(x).grad_fn).__name__ == "MulBackward0"
+    assert all(isinstance(m, blocks.FinalNorm) is (m is norm) for m in grouped.modules())
