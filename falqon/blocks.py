@@ -34,7 +34,7 @@ from falqon.groups import (
 )
 from falqon.kernels import RmsNormQuantize, SwigluQuantize
 from falqon.kernels.native import attention, ops
-from falqon.linear import MeldedLinear
+from falqon.linear import MeldedLinear, unsafe_view
 
 _OTHER_ATTENTION = ("softcap", "position_bias", "output_attentions", "cache", "is_causal")
 ATTENTION_GROUP = ("q_proj", "k_proj", "v_proj")
@@ -389,7 +389,7 @@ class _RmsNorm(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         out, inverse_rms = ops.rms_norm_quantized(rows, weight, eps, rounded=False)
         ctx.save_for_backward(rows, weight, inverse_rms)
-        return out.view(x.shape)
+        return unsafe_view(out, list(x.shape))
 
     @staticmethod
     @once_differentiable
@@ -399,7 +399,7 @@ class _RmsNorm(torch.autograd.Function):
         return out.view(grad.shape), None, None
 
 
-class FinalNorm(nn.Module):
+class FinalRMSNorm(nn.Module):
     """The norm behind the last decoder layer, in one operation each way in training on a CPU.
 
     Forward to the bit what transformers' is; the gradient is rounded once, theirs at every product.
@@ -419,19 +419,19 @@ class FinalNorm(nn.Module):
         return out
 
 
-class FinalLlamaNorm(FinalNorm, llama.LlamaRMSNorm):
+class FinalLlamaRMSNorm(FinalRMSNorm, llama.LlamaRMSNorm):
     """Llama's."""
 
 
-class FinalMistralNorm(FinalNorm, mistral.MistralRMSNorm):
+class FinalMistralRMSNorm(FinalRMSNorm, mistral.MistralRMSNorm):
     """Mistral's."""
 
 
-class FinalQwen2Norm(FinalNorm, qwen2.Qwen2RMSNorm):
+class FinalQwen2RMSNorm(FinalRMSNorm, qwen2.Qwen2RMSNorm):
     """Qwen2's."""
 
 
-class FinalQwen3Norm(FinalNorm, qwen3.Qwen3RMSNorm):
+class FinalQwen3RMSNorm(FinalRMSNorm, qwen3.Qwen3RMSNorm):
     """Qwen3's."""
 
 
@@ -442,7 +442,7 @@ class _Family(NamedTuple):
     name: str
     attention: type[GroupedAttention]
     layer: type[GroupedDecoderLayer]
-    norm: type[FinalNorm]
+    norm: type[FinalRMSNorm]
 
     def original(self, part: str) -> type[nn.Module]:
         """The class of a decoder layer's part: its exact one, for a subclass may do anything."""
@@ -451,12 +451,12 @@ class _Family(NamedTuple):
 
 
 _FAMILIES = (
-    _Family(llama, "Llama", GroupedLlamaAttention, GroupedLlamaDecoderLayer, FinalLlamaNorm),
+    _Family(llama, "Llama", GroupedLlamaAttention, GroupedLlamaDecoderLayer, FinalLlamaRMSNorm),
     _Family(
-        mistral, "Mistral", GroupedMistralAttention, GroupedMistralDecoderLayer, FinalMistralNorm
+        mistral, "Mistral", GroupedMistralAttention, GroupedMistralDecoderLayer, FinalMistralRMSNorm
     ),
-    _Family(qwen2, "Qwen2", GroupedQwen2Attention, GroupedQwen2DecoderLayer, FinalQwen2Norm),
-    _Family(qwen3, "Qwen3", GroupedQwen3Attention, GroupedQwen3DecoderLayer, FinalQwen3Norm),
+    _Family(qwen2, "Qwen2", GroupedQwen2Attention, GroupedQwen2DecoderLayer, FinalQwen2RMSNorm),
+    _Family(qwen3, "Qwen3", GroupedQwen3Attention, GroupedQwen3DecoderLayer, FinalQwen3RMSNorm),
 )
 _ARGUMENTS = {
     "Attention": "hidden_states position_embeddings attention_mask past_key_values kwargs",

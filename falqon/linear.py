@@ -26,7 +26,8 @@ from falqon.kernels import (
 from falqon.kernels.native import melded
 from falqon.recipe import Fp8Recipe
 
-_unsafe_view = torch.ops.aten._unsafe_view.default
+unsafe_view = torch.ops.aten._unsafe_view.default
+"""As `view`, which a Function's output must not be: it may then not be changed in place."""
 
 
 def has_hooks(module: nn.Module, besides_fsdp: bool = False) -> bool:
@@ -95,8 +96,7 @@ class _MeldedFunction(torch.autograd.Function):
         ctx.layers, ctx.source, ctx.count, ctx.live = layers, source, count, first.live
         ctx.native, ctx.shapes = native, [t.shape for t in tensors[:count]]
         leading = tensors[0].shape[:-1]
-        # Not view: a Function's output that is one may not be changed in place.
-        return tuple(_unsafe_view(out, [*leading, out.shape[-1]]) for out in outs)
+        return tuple(unsafe_view(out, [*leading, out.shape[-1]]) for out in outs)
 
     @staticmethod
     @once_differentiable

@@ -25,7 +25,7 @@ from falqon.kernels import (
 from falqon.kernels.native import proxy as native
 from falqon.kernels.operands import are_consecutive
 from falqon.kernels.row_update import LARGEST
-from falqon.linear import MeldedLinear
+from falqon.linear import MeldedLinear, has_hooks
 from falqon.moments import InputMoments
 from falqon.parallel.layers import ShardedLayer
 from falqon.parallel.writes import part_write
@@ -191,9 +191,21 @@ class ProxyUpdate:
         usual = recipe.select == "l1" and recipe.unselected == "keep" and not recipe.threshold
         if not usual or recipe.max_age is not None or recipe.rounding != "nearest":
             return False
-        if recipe.written == "project" or self.is_sharded:
+        # Whoever replaced a step, or looks at one, wants it to be called.
+        if type(self.row_update) is not RowUpdate or has_hooks(self.row_update):
             return False
-        return all(native.takes(state.layer.codes, state.original) for state in states)
+        return recipe.written != "project" and self._are_taken(states)
+
+    def _are_taken(self, states: list[RowState]) -> bool:
+        """Whether the compiled functions take the layers."""
+        if self.is_sharded:
+            return False
+        layers = [state.layer for state in states]
+        originals = [state.original for state in states]
+        return all(
+            native.takes_layer(layer.B, layer.codes, layer.scale, original)
+            for layer, original in zip(layers, originals, strict=True)
+        )
 
     def _row_choice(self, state: RowState) -> native.Proxy:
         layer = state.layer
@@ -473,7 +485,7 @@ class ProxyUpdate:
     def _pending_sums(self) -> Tensor:
         """Of each layer, see `RowState.pending_sums`."""
         states = list(self.states.values())
-        if self.is_sharded or not all(native.takes(state.layer.codes) for state in states):
+        if not self._are_taken(states):
             return torch.stack([state.pending_sums() for state in states])
         layers = []
         for state in states:

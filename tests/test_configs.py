@@ -53,6 +53,10 @@ def test_method_can_be_instantiated(path: Path, instantiate) -> None:
     cli = instantiate(first, f"--config={path}", "--trainer.accelerator=cpu")
     other_settings = {"falqon_paper": "falqon"}
     assert cli.model.method.name == other_settings.get(path.stem, path.stem)
+    if path.stem == "falqon_paper":
+        plugin = cli.trainer.precision_plugin
+        assert (plugin.update.preset, plugin.update.rows) == ("paper", 10)
+        assert plugin.melding.adapter == "svd_error"
     cli.model.method.check(cli.trainer)  # method and plugin go together
     optimizer = cli.model.optimizer([cli_parameter()])
     given = yaml.safe_load(path.read_text())["model"]["init_args"]["optimizer"]

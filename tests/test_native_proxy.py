@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -75,15 +76,28 @@ def test_one_call_is_the_update_layer_by_layer(
             assert pair == pytest.approx(plain_lengths[name], rel=1e-5, nan_ok=True)
 
 
-def test_weights_in_16_bits_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows from bfloat16 weights; any number of threads gives the same bits."""
-    threads = torch.get_num_threads()
+@pytest.fixture
+def threads() -> Iterator[None]:
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_16_bits_and_threads(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows from 16-bit weights, a flush of all rows; any number of threads gives the same bits."""
+    calls = []
+    inner = proxy.update
+    monkeypatch.setattr(proxy, "update", lambda layers: calls.append(len(layers)) or inner(layers))
     results = []
     for switch, count in (("off", 1), ("auto", 1), ("auto", 2), ("auto", 5)):
         monkeypatch.setenv("FALQON_NATIVE", switch)
         torch.set_num_threads(count)
         model, weights = make_model()
-        halves = {name: w.bfloat16() for name, w in weights.items()}
+        halves = {name: w.to(dtype) for name, w in weights.items()}
         named = melded_layers(model)
         layers = list(named.values())
         for name, layer in named.items():
@@ -93,8 +107,10 @@ def test_weights_in_16_bits_and_threads(monkeypatch: pytest.MonkeyPatch) -> None
         for step in range(3):
             add(layers, step)
             update.step(step)
-        results.append([t.clone() for t in everything(layers, update)])
-    torch.set_num_threads(threads)
+        written = [t.clone() for t in everything(layers, update)]
+        update.flush(3)
+        results.append([*written, *everything(layers, update)])
+    assert calls == ([2] * 9 if dtype == torch.bfloat16 else [])  # float16 goes by layer
     for others in results[1:]:
         assert all(map(torch.equal, others, results[0]))
 
@@ -120,6 +136,28 @@ def test_what_the_call_does_not_do_goes_by_layer(
     add(layers, 0)
     update.step(0)
     assert update.statistics() is not None
+
+
+def test_what_is_not_plain_goes_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """B that is no rows of float32, or a row update that somebody watches or has replaced."""
+    monkeypatch.setattr(proxy, "update", lambda layers: pytest.fail("was called"))
+    monkeypatch.setattr(proxy, "pending_sums", lambda layers: pytest.fail("was called"))
+    layers, update = make("paper", rows=3)
+    for layer in layers:
+        layer.B = torch.nn.Parameter(layer.B.detach().t().contiguous().t())
+    add(layers, 0)
+    update.step(0)
+    done = update.statistics()
+    assert done is not None and done.rows_written == 6
+    assert not proxy.takes_layer(
+        layers[0].B.contiguous().bfloat16(), layers[0].codes, torch.ones(1)
+    )
+    seen = []
+    layers, update = make("paper", rows=3)
+    update.row_update.register_forward_hook(lambda *given: seen.append(given))
+    add(layers, 0)
+    update.step(0)
+    assert len(seen) == len(layers)
 
 
 def test_autograd_sees_what_was_written() -> None:

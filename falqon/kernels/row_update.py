@@ -140,7 +140,8 @@ def row_update(
     With an origin `W[K] = Q(origin + (sum of B[K]) A)`. Rows of B that are zero leave their codes
     alone bit for bit (requantising would turn -0 into 0), and so do rows that are not finite or
     whose L1 norm reaches `LARGEST`: a NaN gradient must not reach the weights. On a CUDA device it
-    is one Triton kernel; elsewhere, and with a compensation, plain torch, the kernel's reference.
+    is one Triton kernel, on a CPU compiled C++ for the nearest codes; elsewhere plain torch, the
+    reference of both, and with a compensation everywhere.
 
     Args:
         codes: merged weight, uint8 [out + r, in] (or float32: then the change is added exactly).

@@ -9,7 +9,6 @@
 #include "values.h"
 
 static const i64 STRIP = 128;       // columns that are written at a time
-static const i64 BLOCK = 32;        // rows that a thread takes at a time
 static const float LARGEST = 1e30f;  // as in row_update.py
 
 extern "C" {
@@ -57,7 +56,7 @@ struct FalqonPending {
 namespace {
 
 inline float plus_product(float sum, float x, float y) {
-#ifdef __FP_FAST_FMAF
+#if defined(__FP_FAST_FMAF) || defined(__FMA__)  // clang defines the latter alone
     return __builtin_fmaf(x, y, sum);
 #else
     return x * y + sum;
@@ -232,16 +231,16 @@ Done update(const FalqonProxy& of, Room& room) {
 
 extern "C" {
 
-// Write rows of one layer; for each BLOCK of them, what was done.
-void falqon_write_rows(const FalqonRows* of, double* done) {
+// Write rows of one layer, `block` of them at a time; for each block what was done, [6].
+void falqon_write_rows(const FalqonRows* of, i64 block, double* done) {
 #pragma omp parallel
     {
         std::vector<float> adapter(size_t(of->rank * STRIP));
 #pragma omp for schedule(static)
-        for (i64 first = 0; first < of->count; first += BLOCK) {
+        for (i64 first = 0; first < of->count; first += block) {
             Done of_block;
-            write(*of, first, std::min(of->count, first + BLOCK), adapter.data(), of_block);
-            of_block.put(double(*of->scale), done + first / BLOCK * 6);
+            write(*of, first, std::min(of->count, first + block), adapter.data(), of_block);
+            of_block.put(double(*of->scale), done + first / block * 6);
         }
     }
 }

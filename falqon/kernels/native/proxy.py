@@ -17,7 +17,7 @@ from falqon.kernels.native import ops
 _INT = ctypes.c_int64
 _POINTER = ctypes.c_void_p
 _KINDS = {torch.uint8: 0, torch.bfloat16: 1, torch.float32: 2}
-_BLOCK = 32  # rows that are counted together, BLOCK of proxy.cpp
+_BLOCK = 32  # rows that a thread writes at a time
 _COUNTS = 6
 
 
@@ -116,10 +116,20 @@ class Proxy(NamedTuple):
 
 def takes(codes: Tensor, original: Tensor | None = None) -> bool:
     """Whether the compiled functions take these codes, and rows that are derived from these."""
-    plain = type(codes) in (Tensor, torch.nn.Parameter) and codes.is_cpu
-    if not (plain and codes.dtype == torch.uint8 and codes.is_contiguous() and ops.usable()):
+    if not (_is_plain(codes, torch.uint8) and ops.usable()):
         return False
     return original is None or (original.dtype in _KINDS and original.is_contiguous())
+
+
+def takes_layer(b: Tensor, codes: Tensor, scale: Tensor, original: Tensor | None = None) -> bool:
+    """Whether `update` and `pending_sums` take a layer with this B, these codes and scale."""
+    plain = _is_plain(b, torch.float32) and _is_plain(scale, torch.float32)
+    return plain and len(codes) == sum(b.shape) and takes(codes, original)
+
+
+def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cpu
+    return plain and tensor.dtype == dtype and tensor.is_contiguous()
 
 
 def _at(tensor: Tensor | None) -> int | None:
@@ -163,7 +173,7 @@ def write_rows(
     done = torch.zeros(-(-count // _BLOCK), _COUNTS, dtype=torch.float64, device="cpu")
     given = _Rows(_at(codes), _at(scale), out, n, rank, count, _at(rows), _at(change), _at(total))
     given.origin, given.kind = _at(values), 0 if values is None else _KINDS[values.dtype]
-    ops.call("write_rows", ctypes.byref(given), ops.at(done))
+    ops.call("write_rows", ctypes.byref(given), _INT(_BLOCK), ops.at(done))
     torch.autograd.graph.increment_version(codes)  # autograd does not see the C++ write
     return done.sum(dim=0)
 
@@ -175,7 +185,7 @@ def update(layers: Sequence[Proxy]) -> Tensor:
     float64 and rounded to float32, the lower ones are chosen.
 
     Args:
-        layers: with codes that `takes` allows, all tensors contiguous and on the CPU.
+        layers: that `takes_layer` allows.
 
     Returns:
         float64 [layers, 6], as `write_rows` gives them.
@@ -199,7 +209,7 @@ def pending_sums(layers: Sequence[Pending]) -> Tensor:
     """What is pending in layers, in one call.
 
     Args:
-        layers: all tensors contiguous and on the CPU.
+        layers: that `takes_layer` allows.
 
     Returns:
         float64 [layers, 3]: the squared norm of B A, steps that rows with something pending have
