@@ -58,7 +58,8 @@ def test_bytes_and_flops_by_hand(name: str, read: int, written: int, count: int)
 
 
 @pytest.mark.parametrize("name", ON_CPU)
-def test_flops_are_those_that_torch_counts(name: str) -> None:
+def test_flops_are_those_that_torch_counts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FALQON_NATIVE", "off")  # of compiled code torch counts nothing
     case = Case(name, Layer(16, 32, 48, rank=16, rows=4))
     setup = case.build(CPU, gpu=False, compiled=False)
     assert setup is not None

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from falqon.kernels import devices
 from falqon.kernels.native import ops
 
 _INT = ctypes.c_int64
@@ -124,7 +125,8 @@ def takes(codes: Tensor, original: Tensor | None = None) -> bool:
 def takes_layer(b: Tensor, codes: Tensor, scale: Tensor, original: Tensor | None = None) -> bool:
     """Whether `update` and `pending_sums` take a layer with this B, these codes and scale."""
     plain = _is_plain(b, torch.float32) and _is_plain(scale, torch.float32)
-    return plain and len(codes) == sum(b.shape) and takes(codes, original)
+    plain = plain and len(codes) == sum(b.shape) and takes(codes, original)
+    return plain and not devices.uses_kernels(codes)
 
 
 def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
