@@ -1,5 +1,7 @@
 """Decoder layers of the Llama family whose melded layers run in groups, swapped in after melding.
 
+The norm behind the last of them is swapped, too.
+
 The new modules take over all that the old ones hold, under the same names, so that state dicts and
 checkpoints are the same. They are subclasses of the old ones' classes: what transformers finds by
 class (hidden states and attentions to record) it finds still.
@@ -411,9 +413,8 @@ class FinalRMSNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., n] normed."""
         weight = self.weight
-        if not hidden_states.requires_grad or weight.requires_grad:
-            return super().forward(hidden_states)
-        if not ops.usable(hidden_states, weight):
+        in_training = hidden_states.requires_grad and not weight.requires_grad
+        if not in_training or not ops.usable(hidden_states, weight):
             return super().forward(hidden_states)
         out: Tensor = _RmsNorm.apply(hidden_states, weight, self.variance_epsilon)
         return out
@@ -445,7 +446,7 @@ class _Family(NamedTuple):
     norm: type[FinalRMSNorm]
 
     def original(self, part: str) -> type[nn.Module]:
-        """The class of a decoder layer's part: its exact one, for a subclass may do anything."""
+        """The class of a part, such as "Model": its exact one, for a subclass may do anything."""
         kind: type[nn.Module] = getattr(self.modeling, self.name + part)
         return kind
 

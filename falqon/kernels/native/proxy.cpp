@@ -8,7 +8,7 @@
 
 #include "values.h"
 
-static const i64 STRIP = 128;       // columns that are written at a time
+static const i64 STRIP = 128;        // columns that are written at a time
 static const float LARGEST = 1e30f;  // as in row_update.py
 
 extern "C" {
