@@ -22,7 +22,7 @@ _NAMES = (
         (
             "mm",
             "matmul",
-            "amx_dense",
+            "dense",
             "linear",
             "gemm",
             "gemv",

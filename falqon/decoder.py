@@ -1,4 +1,4 @@
-"""A decoder layer of the Llama family as one autograd function, on processors with AMX.
+"""A decoder layer of the Llama family as one autograd function, where CPUs multiply bfloat16.
 
 The same operations in the same order as `falqon.blocks` has them module by module, so the same
 bits. Between them there is neither autograd nor a call of a module, which together cost a seventh
@@ -18,9 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from falqon.groups import run_together
 from falqon.kernels import RmsNormQuantize, SwigluQuantize
-from falqon.kernels.native import amx, amx_decoder, melded, ops
-from falqon.kernels.native.amx_decoder import MEMBERS, Group, Shape
+from falqon.kernels.native import decoder_layer, melded, ops, products
 from falqon.kernels.native.attention import Ranges
+from falqon.kernels.native.decoder_layer import MEMBERS, Group, Shape
 from falqon.linear import MeldedLinear, has_hooks, is_as_made
 
 
@@ -75,7 +75,7 @@ def melded_parts(
         norms: weights of the norms, [n].
         d: values in a head.
     """
-    if not ops.usable(x, *norms) or torch.autograd._profiler_enabled() or not amx.attends(d):
+    if not ops.usable(x, *norms) or torch.autograd._profiler_enabled() or not products.attends(d):
         return None
     if torch.nn.modules.module._has_any_global_hook() or not all(map(_is_untouched, modules)):
         return None
@@ -139,7 +139,7 @@ def _tensors(layer: MeldedLinear, rank: int) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def _fit(of: Melded, x: Tensor, norms: Sequence[Tensor], d: int) -> bool:
-    """Whether AMX takes these sizes, and each part what the one before gives.
+    """Whether `products` takes these sizes, and each part what the one before gives.
 
     The modules say so where it does not.
     """
@@ -147,7 +147,7 @@ def _fit(of: Melded, x: Tensor, norms: Sequence[Tensor], d: int) -> bool:
     q, k, v, output, gate, up, down = of.outs
     n = x.shape[-1]
     return (
-        amx.fits(x.shape[:-1].numel(), [*into, *of.outs])
+        products.fits(x.shape[:-1].numel(), [*into, *of.outs])
         and into == [n, q, n, gate]
         and output == down == n
         and k == v
@@ -187,7 +187,7 @@ class _DecoderFunction(torch.autograd.Function):
             proxies = tuple(p if act else None for p, act in zip(proxies, live, strict=True))
         before = (cos.contiguous(), sin.contiguous(), *parts.norms)
         behind = (*codes, *scales, *proxies)
-        out, kept = amx_decoder.forward(shape, (*before, *seen, *behind, *biases), x)
+        out, kept = decoder_layer.forward(shape, (*before, *seen, *behind, *biases), x)
         # Of what is saved autograd notices if it is changed before the backward pass; and a saved
         # parameter is what FSDP2 has gathered again by then. Ranges are nobody else's, and may have
         # been made in inference mode; biases are not needed again.
@@ -202,7 +202,7 @@ class _DecoderFunction(torch.autograd.Function):
         _, _, _, want_input, *want_proxies = ctx.needs_input_grad
         tensors = (*saved[:4], *ctx.seen, *saved[4:], *[None] * len(want_proxies))  # no biases
         kept = (gate, up, rest)
-        of_input, of_proxies = amx_decoder.backward(
+        of_input, of_proxies = decoder_layer.backward(
             ctx.shape, tensors, grad.contiguous(), x, kept, want_input, want_proxies
         )
         return None, None, None, of_input, *of_proxies

@@ -13,12 +13,12 @@ import torch
 
 from falqon.errors import InputError
 from falqon.kernels import backend, devices
-from falqon.kernels.native import amx
 from falqon.kernels.native import build as native
+from falqon.kernels.native import products
 
 _PACKAGES = ("falqon", "torch", "triton", "lightning", "transformers", "datasets", "wandb")
 
-_AMX = "Melded layers and attention are multiplied in it, too, by AMX."
+_PRODUCTS = "Whole decoder layers run in it, their products by {unit}."
 
 
 def examine() -> dict[str, Any]:
@@ -65,9 +65,16 @@ def _cpu() -> dict[str, Any]:
         "instructions": units,
         "memory_gib": _memory_gib(),
         "how": f"{devices.describe(torch.device('cpu'))} {note}",
-        "native": native.describe() + (f" {_AMX}" if amx.present() else ""),
+        "native": " ".join(_native()),
         "notes": list(_cpu_notes()),
     }
+
+
+def _native() -> Iterator[str]:
+    yield native.describe()
+    unit = products.unit()
+    if unit is not None:
+        yield _PRODUCTS.format(unit=unit)
 
 
 def _cpu_notes() -> Iterator[str]:

@@ -78,9 +78,10 @@ def apply_group(
     """Outputs of layers with one input.
 
     Forward results are those of the layers one by one, to the last bit wherever the GEMM adds up in
-    the same order (AMX takes a group if it takes all of its layers, and rounds pending changes
-    otherwise than torch). The gradient of the input is one GEMM over all layers: it is rounded once
-    and not once a layer, and with scales that are not powers of two its FP8 rounding differs, too.
+    the same order (`native.products` takes a group if it takes all of its layers, and rounds
+    pending changes otherwise than torch). The gradient of the input is one GEMM over all layers: it
+    is rounded once and not once a layer, and with scales that are not powers of two its FP8
+    rounding differs, too.
 
     With delayed scaling the first layer's quantisers serve, and observe for, the group: the input
     is the same for all, and gradients are in units of its weight scale. The others keep no history.

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from falqon.groups import has_hooks
-from falqon.kernels.native import amx, ops
+from falqon.kernels.native import ops, products
 
 # Positions whose logits are in float32 at a time; in the backward pass they are computed again, so
 # that of all positions only the model's own 16-bit logits stay.
@@ -39,13 +39,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         want = hidden.requires_grad
         total = torch.zeros((), dtype=torch.float32)
         others, sums, at_targets = [], [], []
-        by_amx = amx.takes_dense(weight)
-        through = amx.dense_grad if by_amx else torch.mm
+        natively = products.takes_dense(weight)
+        through = products.dense_grad if natively else torch.mm
         rows = max(1, _LOGIT_BYTES // (weight.shape[0] * weight.element_size()))
         for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
             logits = _room(len(part), len(weight), part)
-            if by_amx and amx.fits(len(part), weight.shape):
-                amx.dense(part, weight, logits)
+            if natively and products.fits(len(part), weight.shape):
+                products.dense(part, weight, logits)
             else:
                 torch.mm(part, weight.t(), out=logits)
             losses, parts = ops.cross_entropy(logits, target, want)

@@ -14,13 +14,15 @@ from transformers import PreTrainedModel
 from falqon import blocks, decoder
 from falqon.fp8 import E4M3
 from falqon.kernels import PassThrough, ProxyGrad, RmsNormQuantize
-from falqon.kernels.native import amx
+from falqon.kernels.native import products
 from falqon.meld import melded_layers
 from falqon.precision import FalqonPrecision
 from lit_modules.layers import recompute
 from tests.test_blocks import make_base
 
-pytestmark = pytest.mark.skipif(not amx.present(), reason="the processor has no AMX")
+pytestmark = pytest.mark.skipif(
+    not products.present(), reason="the processor does not multiply bfloat16"
+)
 BF16 = torch.bfloat16
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
 
@@ -334,7 +336,7 @@ def test_memory_is_enough_for_any_number_of_threads(
         given[-1][size:] = 1.5
         return given[-1]
 
-    monkeypatch.setattr(amx, "memory", guarded)
+    monkeypatch.setattr(products, "memory", guarded)
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -106,8 +106,8 @@ class Calls(TorchDispatchMode):
 def test_group_is_its_layers(
     kind: str, dtype: torch.dtype, is_tied: bool, live: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Of these layers AMX takes some, but not their group; it rounds pending changes otherwise.
-    monkeypatch.setattr("falqon.kernels.native.amx.takes", lambda *_: False)
+    # `products` takes some of the layers, but not their group; it rounds pending changes otherwise.
+    monkeypatch.setattr("falqon.kernels.native.products.takes", lambda *_: False)
     layers = make(KINDS[kind], bias=True, lora_alpha=2.0)
     for seed, layer in enumerate(layers):
         layer.B.data.copy_(random(*layer.B.shape, seed=seed) / 100)

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from falqon.kernels.native import amx, attention, build, ops
+from falqon.kernels.native import attention, build, ops, products
 from falqon.precision import FalqonPrecision
 from lit_modules import loss as loss_module
 from lit_modules.loss import supervised_loss
@@ -49,13 +49,13 @@ def masks(batch: int, length: int, kind: str) -> Tensor | None:
     return (documents[:, None, :, None] == documents[:, None, None, :]) & causal
 
 
-@pytest.fixture(params=[True, False], ids=["amx", "no amx"])
+@pytest.fixture(params=[True, False], ids=["own products", "torch's"])
 def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the processor's matrix unit, if it has one, and without."""
     if not request.param:
-        monkeypatch.setattr(amx, "present", lambda: False)
-    elif not amx.present():
-        pytest.skip("the processor has no AMX")
+        monkeypatch.setattr(products, "present", lambda: False)
+    elif not products.present():
+        pytest.skip("the processor does not multiply bfloat16")
 
 
 @pytest.mark.parametrize("kind", ["causal", "packed", "window", "padded"])
@@ -196,7 +196,7 @@ def test_layers_are_those_of_plain_torch(
         results.append([mlp, heads, given.grad, *grads])
     for plain, ours in zip(*results, strict=True):
         assert plain is not None and ours is not None
-        if live and amx.present():  # what is pending is not rounded by itself
+        if live and products.present():  # what is pending is not rounded by itself
             apart, size = (x.float().norm(dim=-1) for x in (plain - ours, plain))
             assert apart.norm() < 0.01 * size.norm()
             assert bool((apart <= 0.1 * size).all())

@@ -21,12 +21,12 @@ _WHOLE = (
     ("optimizer", r"Optimizer\.zero_grad|aten::_foreach|aten::_fused_|aten::.*vector_norm"),
     ("data", r"enumerate\(DataLoader\)|.*_next_data|.*batch_to_device"),
     ("loss", r".*(LinearCrossEntropy|LogSoftmax|NllLoss|cross_entropy)"),
-    ("attention", r".*(_(Amx)?Attention(Backward)?\b|scaled_dot_product|ScaledDotProduct)"),
+    ("attention", r".*(_Attention(Backward)?\b|scaled_dot_product|ScaledDotProduct)"),
 )
 # Otherwise the operation itself does.
 _SINGLE = (
     ("matmul", r"aten::(mm|addmm_?|bmm|baddbmm|matmul|linear|_scaled_mm|_int_mm)$"),
-    ("matmul", r"falqon::(melded_matmul|backbone_matmul|proxy_grad|amx_matmul)"),
+    ("matmul", r"falqon::(melded_matmul|backbone_matmul|proxy_grad|matmul)"),
     ("norm", r"falqon::rms_norm|aten::(pow|mean|rsqrt|rms_norm)"),
     ("decode and quantise", r"falqon::(decode|quantize|swiglu)|aten::(index_select|amax|clamp)"),
     ("decode and quantise", r"aten::(_to_copy|to)$"),

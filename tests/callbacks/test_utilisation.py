@@ -17,7 +17,7 @@ from falqon.callbacks.utilisation import (
     peaks,
     utilisation,
 )
-from falqon.kernels.native import amx
+from falqon.kernels.native import products
 from falqon.meld import melded_layers
 from falqon.precision import FalqonPrecision
 from lit_modules.loss import supervised_loss
@@ -41,7 +41,7 @@ def model(**plugin: Any) -> LlamaForCausalLM:
 
 @pytest.mark.parametrize("update", ["paper", "live"])
 def test_flops_are_those_that_are_done(update: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amx, "present", lambda: False)  # its products are none of torch's
+    monkeypatch.setattr(products, "present", lambda: False)  # its products are none of torch's
     made = model(update=update)
     made.model.embed_tokens.weight.requires_grad_()  # or the first group's input has no gradient
     ids = torch.randint(0, 160, (2, 30))

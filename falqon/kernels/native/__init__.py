@@ -1,1 +1,1 @@
-"""The CPU path's own C++: what lies between matrix products, and with AMX these as well."""
+"""The CPU path's own C++: what lies between matrix products, and these where it can."""

@@ -4,7 +4,8 @@ For the short rows of fine-tuning; torch's own kernel for CPUs is several times 
 embedding is part of it, query heads that share keys are rows of one matmul, and of the keys only
 those that a block of queries can see are multiplied.
 
-On processors with AMX all of it is one call a direction (`amx.attention`), with the same roundings.
+On processors that multiply bfloat16 all of it is one call a direction (`products.attention`), with
+the same roundings.
 
 Scores and probabilities are rounded to bfloat16, softmax and all sums are in float32; torch's
 kernel keeps scores in float32. Nothing of the size of the scores is saved: backward makes them
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from falqon.kernels.native import amx, ops
+from falqon.kernels.native import ops, products
 
 _BLOCK = (
     128  # queries: with fewer, matmuls get slow; with more, too many unseen keys are multiplied
@@ -152,7 +153,7 @@ class _Attention(torch.autograd.Function):
         ranges: Ranges,
         scaling: float,
     ) -> Tensor:
-        way = Way(ranges, scaling, query.shape[2], key.shape[2], amx.attends(query.shape[-1]))
+        way = Way(ranges, scaling, query.shape[2], key.shape[2], products.attends(query.shape[-1]))
         cos, sin = cos.contiguous(), sin.contiguous()
         out, kept = way.forward(query, key, value, cos, sin)
         ctx.save_for_backward(*kept, cos, sin)
@@ -173,14 +174,14 @@ class Way(NamedTuple):
         ranges: which keys are seen.
         scaling: of the scores.
         heads, kv: numbers of heads of queries and of keys.
-        by_amx: by the processor's matrix unit, which `amx.attends` allows.
+        in_one_call: by `products`, which `products.attends` allows.
     """
 
     ranges: Ranges
     scaling: float
     heads: int
     kv: int
-    by_amx: bool
+    in_one_call: bool
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor
@@ -188,9 +189,9 @@ class Way(NamedTuple):
         """As `attend`, with tables that are contiguous; and what `backward` needs of it."""
         seen = (self.ranges.first, self.ranges.last)
         with ops.named("attention"):
-            if not self.by_amx:
+            if not self.in_one_call:
                 return self._by_matmuls(query, key, value, cos, sin)
-            out, *kept = amx.attention(query, key, value, cos, sin, *seen, self.scaling)
+            out, *kept = products.attention(query, key, value, cos, sin, *seen, self.scaling)
             return out, kept
 
     def backward(
@@ -200,10 +201,10 @@ class Way(NamedTuple):
         q, k, v = kept
         seen = (self.ranges.first, self.ranges.last)
         with ops.named("attention"):
-            if not self.by_amx:
+            if not self.in_one_call:
                 return self._gradients_by_matmuls(grad, q, k, v, cos, sin)
             given = (grad, q, k, v, cos, sin, *seen, self.scaling, self.heads, self.kv)
-            return amx.attention_grad(*given)
+            return products.attention_grad(*given)
 
     def _by_matmuls(
         self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor

@@ -11,25 +11,25 @@ extern "C" {
 void falqon_rms_norm_grad(const bf16* grad, const bf16* x, const bf16* weight,
                           const float* inverse_rms, const bf16* onto, i64 rows, i64 n, bf16* out);
 
-// amx.cpp
-i64 falqon_amx_matmul_work(i64 layers, const i64* outs, i64 in, i64 rank, i64 tokens, i64 pending,
-                           i64 team);
-i64 falqon_amx_matmul_grad_work(i64 layers, const i64* outs, i64 in, i64 rank, i64 tokens, i64 team);
+// groups.cpp
+i64 falqon_matmul_work(i64 layers, const i64* outs, i64 in, i64 rank, i64 tokens, i64 pending,
+                       i64 team);
+i64 falqon_matmul_grad_work(i64 layers, const i64* outs, i64 in, i64 rank, i64 tokens, i64 team);
 
-// amx_attention.cpp
-i64 falqon_amx_attention_work(i64 batch, i64 length, i64 kv, i64 d, i64 team);
-void falqon_amx_attention(const bf16* q, i64 q_stride, const bf16* k, i64 k_stride, const bf16* v,
-                          i64 v_stride, const bf16* cos, const bf16* sin, i64 table_stride,
-                          const int32_t* first, const int32_t* last, i64 batch, i64 length, i64 kv,
-                          i64 group, i64 d, float factor, bf16* kept_q, bf16* kept_k, bf16* kept_v,
-                          bf16* out, i64 team, bf16* work);
-i64 falqon_amx_attention_grad_work(i64 length, i64 d, i64 team);
-void falqon_amx_attention_grad(const bf16* grad, i64 grad_stride, const bf16* kept_q,
-                               const bf16* kept_k, const bf16* kept_v, const bf16* cos,
-                               const bf16* sin, i64 table_stride, const int32_t* first,
-                               const int32_t* last, i64 batch, i64 length, i64 kv, i64 group, i64 d,
-                               float factor, bf16* grad_q, bf16* grad_k, bf16* grad_v,
-                               i64 team, bf16* work);
+// attention.cpp
+i64 falqon_attention_work(i64 batch, i64 length, i64 kv, i64 d, i64 team);
+void falqon_attention(const bf16* q, i64 q_stride, const bf16* k, i64 k_stride, const bf16* v,
+                      i64 v_stride, const bf16* cos, const bf16* sin, i64 table_stride,
+                      const int32_t* first, const int32_t* last, i64 batch, i64 length, i64 kv,
+                      i64 group, i64 d, float factor, bf16* kept_q, bf16* kept_k, bf16* kept_v,
+                      bf16* out, i64 team, bf16* work);
+i64 falqon_attention_grad_work(i64 length, i64 d, i64 team);
+void falqon_attention_grad(const bf16* grad, i64 grad_stride, const bf16* kept_q,
+                           const bf16* kept_k, const bf16* kept_v, const bf16* cos,
+                           const bf16* sin, i64 table_stride, const int32_t* first,
+                           const int32_t* last, i64 batch, i64 length, i64 kv, i64 group, i64 d,
+                           float factor, bf16* grad_q, bf16* grad_k, bf16* grad_v,
+                           i64 team, bf16* work);
 }
 
 // Rows of a left factor: those that there are, one behind the other, or `make(source, t, to)` makes

@@ -1,9 +1,9 @@
-"""Melded layers on a CPU: FP8 values straight in bfloat16, in matrix products of torch or by AMX.
+"""Melded layers on a CPU: FP8 values straight in bfloat16, in matrix products of torch or our own.
 
-The same numbers as the reference path's, to the last bit (by AMX, as `amx` says): codes are never
-written, only the values that they would be decoded to, and scales that are powers of two are exact
-wherever they are applied. For recipes with one dynamic, power-of-two scale a token, or that round
-weights alone; see `takes`.
+The same numbers as the reference path's, to the last bit (our own as `products` says): codes are
+never written, only the values that they would be decoded to, and scales that are powers of two are
+exact wherever they are applied. For recipes with one dynamic, power-of-two scale a token, or that
+round weights alone; see `takes`.
 
 Shapes: T tokens, `in`/`out` features, r adapter rank; layers of a group have one input.
 """
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from falqon.kernels.native import amx, ops
+from falqon.kernels.native import ops, products
 from falqon.kernels.proxy_grad import proxy_grad
 from falqon.recipe import Fp8Recipe
 
@@ -58,8 +58,8 @@ def forward(
     Returns:
         O_i [T, out_i], tensors of their own, and O_A_i [T, r]: parts of one tensor.
     """
-    if amx.takes(codes, x.shape[0], rank):
-        results, adapters = amx.forward(x, codes, scales, rank, proxies, factors)
+    if products.takes(codes, x.shape[0], rank):
+        results, adapters = products.forward(x, codes, scales, rank, proxies, factors)
     else:
         backbones, of_adapters = _decoded(codes, scales, rank)
         adapter = x @ of_adapters.t()
@@ -107,9 +107,9 @@ def backward(
     """
     if not (want_input or any(want_proxies)):
         return None, [None for _ in codes]
-    if amx.takes(codes, grads[0].shape[0], rank):
+    if products.takes(codes, grads[0].shape[0], rank):
         wanted = (adapters, rounded, want_input, want_proxies)
-        return amx.backward(grads, codes, scales, rank, proxies, factors, *wanted)
+        return products.backward(grads, codes, scales, rank, proxies, factors, *wanted)
     grad_input = None
     if want_input:
         grad_input = _input_gradient(grads, codes, scales, rank, proxies, factors, rounded)

@@ -1,13 +1,13 @@
-// Matrix products of melded layers on processors with AMX: one call a group and direction.
+// Matrix products of melded layers: one call a group and direction.
 //
-// Weights are decoded from their codes straight into the panels of amx.h. A result is one thread's
+// Weights are decoded from their codes straight into the panels of blocks.h. A result is one thread's
 // work, so that results do not depend on the number of threads. Inner dimensions are multiples of 32
 // (a rank that is none is filled up with zeros), and there are 32 tokens at least.
 
-#include "amx.h"
+#include "blocks.h"
 #include "functions.h"
 
-#ifdef FALQON_HAS_AMX
+#ifdef FALQON_HAS_BLOCKS
 
 static const i64 TOGETHER = 6;  // panels of gradients that are read at a time, at most
 static const i64 DEEP = 512;    // and tokens
@@ -18,15 +18,12 @@ static i64 parts_of(i64 all, i64 at_a_time) { return (all + at_a_time - 1) / at_
 
 extern "C" {
 
-// Ask the system to let this process use the matrix unit; whether it does.
-i64 falqon_amx_allowed() {
-    const long ask_for = 0x1023, tile_data = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA)
-    return syscall(SYS_arch_prctl, ask_for, tile_data) == 0;
-}
+// What products can be computed by, if the system lets this process use it: 1, AMX; 2, AVX512-BF16; 0, neither.
+i64 falqon_unit() { return unit_is_allowed() ? UNIT : 0; }
 
 // How many 16-bit values the `work` of products has to have room for.
-i64 falqon_amx_matmul_work(i64 layers, const i64* outs, i64 in, i64 rank, i64 tokens, i64 pending,
-                           i64 team) {
+i64 falqon_matmul_work(i64 layers, const i64* outs, i64 in, i64 rank, i64 tokens, i64 pending,
+                       i64 team) {
     const i64 wide = filled(rank), thin = layers * wide, out = sum_of(outs, layers);
     return (out + thin) * in + (pending ? out * wide : 0) +
            Sections::rows(tokens, in, team) * (in + PANEL + thin);
@@ -70,7 +67,7 @@ void multiply(i64 layers, const Left& x, i64 tokens, i64 in, const uint8_t* cons
         for (i64 l = 0; l < layers; l++) wide_rounds += parts_of(outs[l] / PANEL, together);
 #pragma omp single  // a section has a round for making its rows as well
         turns.reset(new Turn[rows.count * (1 + thin_rounds + wide_rounds) * threads]);
-        Tiles tiles;
+        Unit unit;
         Writer writer;
         // Rows are a panel further apart than long: evenly apart, they would meet in the cache.
         const i64 apart = in + PANEL;
@@ -126,16 +123,16 @@ void multiply(i64 layers, const Left& x, i64 tokens, i64 in, const uint8_t* cons
 extern "C" {
 
 // The same with rows that there are.
-void falqon_amx_matmul(i64 layers, const bf16* x, i64 tokens, i64 in, const uint8_t* const* codes,
-                       const float* const* scales, const i64* outs, i64 rank,
-                       const float* const* proxies, const float* factors, bf16* const* results,
-                       bf16* adapters, i64 team, bf16* work) {
+void falqon_matmul(i64 layers, const bf16* x, i64 tokens, i64 in, const uint8_t* const* codes,
+                   const float* const* scales, const i64* outs, i64 rank,
+                   const float* const* proxies, const float* factors, bf16* const* results,
+                   bf16* adapters, i64 team, bf16* work) {
     multiply(layers, Left{x, nullptr, nullptr}, tokens, in, codes, scales, outs, rank, proxies,
              factors, nullptr, results, adapters, team, work);
 }
 
-// How many 16-bit values the `work` of falqon_amx_matmul_grad has to have room for.
-i64 falqon_amx_matmul_grad_work(i64 layers, const i64* outs, i64 in, i64 rank, i64 tokens, i64 team) {
+// How many 16-bit values the `work` of falqon_matmul_grad has to have room for.
+i64 falqon_matmul_grad_work(i64 layers, const i64* outs, i64 in, i64 rank, i64 tokens, i64 team) {
     const i64 wide = filled(rank), thin = layers * wide, out = sum_of(outs, layers);
     const i64 rows = Sections::rows(tokens, out, team);
     return (out + thin) * in + 3 * out * wide + thin * (filled(tokens) + PANEL) +
@@ -143,12 +140,12 @@ i64 falqon_amx_matmul_grad_work(i64 layers, const i64* outs, i64 in, i64 rank, i
 }
 
 // The same with gradients that there are.
-void falqon_amx_matmul_grad(i64 layers, const bf16* const* grads, const i64* strides, i64 tokens,
-                            i64 in, const uint8_t* const* codes, const float* const* scales,
-                            const i64* outs, i64 rank, const float* const* proxies,
-                            const float* factors, i64 rounded, const bf16* const* adapters,
-                            const i64* adapter_strides, bf16* grad_input,
-                            float* const* grad_proxies, i64 team, bf16* work) {
+void falqon_matmul_grad(i64 layers, const bf16* const* grads, const i64* strides, i64 tokens,
+                        i64 in, const uint8_t* const* codes, const float* const* scales,
+                        const i64* outs, i64 rank, const float* const* proxies,
+                        const float* factors, i64 rounded, const bf16* const* adapters,
+                        const i64* adapter_strides, bf16* grad_input,
+                        float* const* grad_proxies, i64 team, bf16* work) {
     multiply_back(layers, Gradients{grads, strides, nullptr, nullptr}, tokens, in, codes, scales,
                   outs, rank, proxies, factors, rounded, adapters, adapter_strides, grad_input,
                   grad_proxies, team, work);
@@ -217,7 +214,7 @@ void multiply_back(i64 layers, const Gradients& grads, i64 tokens, i64 in, const
         for (i64 l = 0; l < layers; l++) pieces += pieces_of(l);
 #pragma omp single  // a section has a round for making its rows as well, and one for the pieces
         turns.reset(new Turn[rows.count * (2 + thin_rounds + wide_rounds) * threads]);
-        Tiles tiles;
+        Unit unit;
         Writer writer;
         float units[layers];  // as compilers for Linux allow
         for (i64 l = 0; l < layers; l++) units[l] = *scales[0] / *scales[l];
@@ -323,6 +320,6 @@ void multiply_back(i64 layers, const Gradients& grads, i64 tokens, i64 in, const
 
 #else
 
-extern "C" i64 falqon_amx_allowed() { return 0; }
+extern "C" i64 falqon_unit() { return 0; }
 
 #endif

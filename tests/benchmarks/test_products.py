@@ -1,11 +1,11 @@
-"""The benchmark of AMX beside torch."""
+"""The benchmark of products beside torch's."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.amx import main
-from falqon.kernels.native import amx, build
+from benchmarks.products import main
+from falqon.kernels.native import build, products
 
 SMALL = [
     "--tokens",
@@ -30,20 +30,23 @@ SMALL = [
 
 
 @pytest.mark.skipif(
-    build.compiler() is None or not amx.present(), reason="the processor has no AMX"
+    build.compiler() is None or not products.present(),
+    reason="the processor does not multiply bfloat16",
 )
 def test_both_ways_are_timed(capsys: pytest.CaptureFixture[str]) -> None:
-    present = amx.present
+    present = products.present
     assert main(SMALL) == 0
     _, _, *rows = capsys.readouterr().out.splitlines()
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     names = ["q, k, v", "o", "gate, up", "down", "attention", "output embedding"]
     assert [row[0] for row in cells] == names
     assert all(len(row) == 9 and float(row[4]) > 0 and float(row[5]) > 0 for row in cells)
-    assert amx.present is present
+    assert products.present is present
 
 
-def test_without_amx(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(amx, "present", lambda: False)
+def test_without_the_instructions(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(products, "present", lambda: False)
     assert main(SMALL) == 2
-    assert "no AMX" in capsys.readouterr().err
+    assert "neither AMX" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Matrix products and attention by AMX against plain torch."""
+"""Matrix products and attention by the processor's instructions against plain torch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from falqon.fp8 import E4M3, decode
-from falqon.kernels.native import amx, attention, build, melded, ops
+from falqon.kernels.native import attention, build, melded, ops, products
 from falqon.recipe import Fp8Recipe
 
 pytestmark = [
     pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler"),
-    pytest.mark.skipif(not amx.present(), reason="the processor has no AMX"),
+    pytest.mark.skipif(not products.present(), reason="the processor does not multiply bfloat16"),
 ]
 BF16 = torch.bfloat16
 
@@ -47,14 +47,21 @@ class Group:
         # As q, k and v of one tensor: rows are apart.
         self.grads = torch.randn(tokens, sum(outs)).to(BF16).split(list(outs), dim=1)
 
-    def run(self, pending: bool = True, rounded: bool = True) -> dict[str, Tensor]:
+    def run(
+        self, pending: bool = True, rounded: bool = True, known: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Results by name; backward goes on with `known` O_A, so that its own sums are compared."""
         given = (self.codes, self.scales)
         proxies = self.proxies if pending else []
         acting = (self.rank, proxies, self.factors)
         biases = [None] * len(self.outs)
         outs, adapters = melded.forward(self.x, *given, biases, *acting)
         wanted = (rounded, True, [True] * len(outs))
-        of_x, of_proxies = melded.backward(self.grads, *given, *acting, adapters, *wanted)
+        if known is not None:
+            given_back = [known[f"adapter {i}"] for i in range(len(outs))]
+        else:
+            given_back = adapters
+        of_x, of_proxies = melded.backward(self.grads, *given, *acting, given_back, *wanted)
         assert of_x is not None
         found = {"x": of_x}
         for i, parts in enumerate(zip(outs, adapters, of_proxies, strict=True)):
@@ -110,10 +117,10 @@ def test_groups_are_those_of_torch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     group = Group(*shape)
-    assert amx.takes(group.codes, shape[0], shape[3])
+    assert products.takes(group.codes, shape[0], shape[3])
     ours = group.run(pending, rounded)
-    monkeypatch.setattr(amx, "takes", lambda *args: False)
-    theirs = group.run(pending, rounded)
+    monkeypatch.setattr(products, "takes", lambda *args: False)
+    theirs = group.run(pending, rounded, known=ours)
     if pending:
         # What is pending is summed first, and not rounded before the rest is added.
         adapters = [ours[f"adapter {i}"] for i in range(len(group.outs))]
@@ -122,13 +129,15 @@ def test_groups_are_those_of_torch(
     for name, tensor in ours.items():
         assert tensor.shape == theirs[name].shape
         assert tensor.dtype == theirs[name].dtype
-        assert differences(tensor, theirs[name]) < 1e-3, name
+        # Sums of more terms have larger errors, where torch adds up in another order.
+        terms = sum(group.outs) if name == "x" else group.x.shape[1]
+        assert differences(tensor, theirs[name]) < 1e-3 * max(1, terms / 1024), name
 
 
 def test_pending_changes_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     group = Group(130, 576, (96, 64), 32)
     ours = group.run()
-    monkeypatch.setattr(amx, "takes", lambda *args: False)
+    monkeypatch.setattr(products, "takes", lambda *args: False)
     theirs = group.run()
     weights, _ = melded._decoded(group.codes, group.scales, group.rank)
     acting = melded._acting(group.proxies, group.factors)
@@ -162,7 +171,9 @@ def test_group_is_its_layers(pending: bool) -> None:
     for i, part in enumerate(zip(group.codes, group.scales, group.proxies, strict=True)):
         code, scale, proxy = part
         acting = [proxy] if pending else []
-        (out,), (adapter,) = amx.forward(group.x, [code], [scale], 24, acting, [group.factors[i]])
+        (out,), (adapter,) = products.forward(
+            group.x, [code], [scale], 24, acting, [group.factors[i]]
+        )
         assert torch.equal(out, whole[f"out {i}"]) and torch.equal(adapter, whole[f"adapter {i}"])
 
 
@@ -177,11 +188,11 @@ def test_tokens_do_not_depend_on_their_neighbours() -> None:
 
 def test_what_is_not_wanted_is_not_made() -> None:
     group = Group(40, 64, (64, 32), 8)
-    _, adapters = amx.forward(group.x, group.codes, group.scales, 8, [], [1.0, 1.0])
+    _, adapters = products.forward(group.x, group.codes, group.scales, 8, [], [1.0, 1.0])
     given = (group.grads, group.codes, group.scales, 8, [], [1.0, 1.0], adapters, True)
-    of_x, (first, second) = amx.backward(*given, False, [False, True])
+    of_x, (first, second) = products.backward(*given, False, [False, True])
     assert of_x is None and first is None and second is not None
-    all_x, (_, same) = amx.backward(*given, True, [True, True])
+    all_x, (_, same) = products.backward(*given, True, [True, True])
     assert all_x is not None and same is not None
     assert torch.equal(second, same)
 
@@ -213,10 +224,10 @@ def test_shapes_that_are_taken(
     tokens: int, columns: int, out: int, rank: int, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codes = [nn.Parameter(torch.zeros(out + rank, columns, dtype=torch.uint8), requires_grad=False)]
-    assert amx.takes(codes, tokens, rank) == fits
+    assert products.takes(codes, tokens, rank) == fits
     assert melded.takes(Fp8Recipe(), codes, [torch.zeros(tokens, columns, dtype=BF16)])
-    monkeypatch.setattr(amx, "present", lambda: False)
-    assert not amx.takes(codes, tokens, rank)
+    monkeypatch.setattr(products, "present", lambda: False)
+    assert not products.takes(codes, tokens, rank)
 
 
 def heads_of(
@@ -261,7 +272,7 @@ def test_attention_is_as_exact_as_with_matmuls_of_torch(
     batch, length, heads, kv, d = shape
     given, cos, sin, grad = heads_of(*shape)
     ranges = documents(batch, length)
-    assert amx.attends(d)
+    assert products.attends(d)
     q, k, v = (x.detach().double().requires_grad_() for x in given)
 
     def rotated(x: Tensor) -> Tensor:
@@ -276,7 +287,7 @@ def test_attention_is_as_exact_as_with_matmuls_of_torch(
     exact = torch.einsum("bhqk,bkhd->bqhd", p, values)
     exact_all = [exact.detach(), *torch.autograd.grad(exact, (q, k, v), grad.double())]
     ours = attended(shape)
-    monkeypatch.setattr(amx, "attends", lambda d: False)
+    monkeypatch.setattr(products, "attends", lambda d: False)
     theirs = attended(shape)
     for a, b, c in zip(ours, theirs, exact_all, strict=True):
         error, others = ((x.double() - c).norm() / c.norm() for x in (a, b))
@@ -309,15 +320,15 @@ def test_gradient_through_the_output_embedding(shape: tuple[int, int, int]) -> N
     torch.manual_seed(0)
     tokens, out, columns = shape
     weight, grad = torch.randn(out, columns).to(BF16), torch.randn(tokens, out).to(BF16)
-    assert amx.takes_dense(weight)
+    assert products.takes_dense(weight)
     with threads(1):
-        ours = amx.dense_grad(grad, weight)
+        ours = products.dense_grad(grad, weight)
     exact = grad.double() @ weight.double()
     assert (ours.double() - exact).norm() < 0.002 * exact.norm()
     for count in (2, 5):
         with threads(count):
-            assert torch.equal(ours, amx.dense_grad(grad, weight))
-    assert not amx.takes_dense(weight[:-1]) and not amx.takes_dense(weight.t())
+            assert torch.equal(ours, products.dense_grad(grad, weight))
+    assert not products.takes_dense(weight[:-1]) and not products.takes_dense(weight.t())
 
 
 # Tokens, rows and columns of the matrix; the last one has more panels than a thread has room for.
@@ -333,7 +344,7 @@ def test_logits(shape: tuple[int, int, int]) -> None:
     for count in (1, 2, 5):
         found.append(torch.full((tokens, out), torch.nan, dtype=BF16))
         with threads(count):
-            amx.dense(x, weight, found[-1])
+            products.dense(x, weight, found[-1])
     assert all(torch.equal(found[0], other) for other in found[1:])
     assert differences(found[0], x @ weight.t()) < 1e-3
 
@@ -347,7 +358,7 @@ def test_memory_for_panels_is_enough(count: int, monkeypatch: pytest.MonkeyPatch
         given.append(torch.full((size + behind,), 1.5, dtype=BF16))
         return given[-1]
 
-    monkeypatch.setattr(amx, "memory", guarded)
+    monkeypatch.setattr(products, "memory", guarded)
     with threads(count):
         for shape in SHAPES:
             Group(*shape).run()
@@ -359,8 +370,8 @@ def test_memory_for_panels_is_enough(count: int, monkeypatch: pytest.MonkeyPatch
                 torch.zeros(tokens, out, dtype=BF16),
                 torch.zeros(out, columns, dtype=BF16),
             )
-            amx.dense_grad(grad, weight)
-            amx.dense(torch.zeros(tokens, columns, dtype=BF16), weight, grad)
+            products.dense_grad(grad, weight)
+            products.dense(torch.zeros(tokens, columns, dtype=BF16), weight, grad)
     assert len(given) == 2 * len(SHAPES) + 2 * len(ATTENTION) + 2 * len(DENSE)
     assert all((work[-behind:] == 1.5).all() for work in given)
 
@@ -374,9 +385,9 @@ def test_proxies_of_any_layout() -> None:
 
 
 def test_memory_for_panels_grows() -> None:
-    small = amx.memory(10)
-    assert amx.memory(small.numel()).data_ptr() == small.data_ptr()
-    assert amx.memory(small.numel() + 1).numel() == small.numel() + 1
+    small = products.memory(10)
+    assert products.memory(small.numel()).data_ptr() == small.data_ptr()
+    assert products.memory(small.numel() + 1).numel() == small.numel() + 1
 
 
 def test_profiler_sees_the_products() -> None:
@@ -384,4 +395,4 @@ def test_profiler_sees_the_products() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         group.run()
     names = {event.name for event in profile.events()}
-    assert {"falqon::amx_matmul", "falqon::amx_matmul_grad"} <= names
+    assert {"falqon::matmul", "falqon::matmul_grad"} <= names

@@ -1,4 +1,4 @@
-// Causal attention on processors with AMX, rotary embedding included: one call a direction.
+// Causal attention, rotary embedding included: one call a direction.
 //
 // Scores and probabilities are rounded to bfloat16, softmax and all sums are in float32. A query
 // sees consecutive keys; panels of 32 keys that none of 32 rows sees are left out. Nothing of the
@@ -7,9 +7,9 @@
 //
 // The rows of a head of keys are its queries, those of the heads that share it side by side.
 
-#include "amx.h"
+#include "blocks.h"
 
-#ifdef FALQON_HAS_AMX
+#ifdef FALQON_HAS_BLOCKS
 
 static const i64 CHUNK = 128;  // rows that the gradients of keys and values are summed over at a time
 static const i64 EARLY = 4;    // tokens that their heads are fetched ahead
@@ -128,7 +128,7 @@ static inline void probabilities(const Shape& of, i64 b, const bf16* query, cons
     const Product scores = {query, of.d, key_rows, of.d};
     for (i64 k = span.low; k < span.high; k += PANEL) {
         block(scores, row, k / PANEL, sums);
-        write(sums, p + k - span.low, stride);
+        write_rows(sums, PANEL, p + k - span.low, stride, nullptr);
     }
     Seen seen[PANEL];
     for (i64 i = 0; i < least(PANEL, of.rows() - row); i++) {
@@ -150,7 +150,7 @@ struct Heads {
     }
 };
 
-// Values that a thread of falqon_amx_attention_grad needs for itself, see there.
+// Values that a thread of falqon_attention_grad needs for itself, see there.
 static i64 own_of_gradients(i64 keys, i64 d) {
     return 3 * keys * d + 2 * CHUNK * keys + 2 * PANEL * CHUNK + 3 * CHUNK * d +
            2 * (2 * keys * d + kept_by_softmax(keys));
@@ -159,21 +159,21 @@ static i64 own_of_gradients(i64 keys, i64 d) {
 extern "C" {
 
 // How many 16-bit values the `work` of the functions below has to have room for.
-i64 falqon_amx_attention_work(i64 batch, i64 length, i64 kv, i64 d, i64 team) {
+i64 falqon_attention_work(i64 batch, i64 length, i64 kv, i64 d, i64 team) {
     const i64 keys = filled(length);
     return 2 * batch * kv * keys * d + team * (keys * PANEL + 2 * kept_by_softmax(keys));
 }
-i64 falqon_amx_attention_grad_work(i64 length, i64 d, i64 team) {
+i64 falqon_attention_grad_work(i64 length, i64 d, i64 team) {
     return team * own_of_gradients(filled(length), d);
 }
 
 // q, k, v: [b, s, heads, d], tokens apart; kept_q, kept_k: rotated, kept_v: [b, kv, rows, d], filled
-// up with zeros. out: [b, s, heads, d]. `team`, `work`: as in amx.cpp.
-void falqon_amx_attention(const bf16* q, i64 q_stride, const bf16* k, i64 k_stride, const bf16* v,
-                          i64 v_stride, const bf16* cos, const bf16* sin, i64 table_stride,
-                          const int32_t* first, const int32_t* last, i64 batch, i64 length, i64 kv,
-                          i64 group, i64 d, float factor, bf16* kept_q, bf16* kept_k, bf16* kept_v,
-                          bf16* out, i64 team, bf16* work) {
+// up with zeros. out: [b, s, heads, d]. `team`, `work`: as in groups.cpp.
+void falqon_attention(const bf16* q, i64 q_stride, const bf16* k, i64 k_stride, const bf16* v,
+                      i64 v_stride, const bf16* cos, const bf16* sin, i64 table_stride,
+                      const int32_t* first, const int32_t* last, i64 batch, i64 length, i64 kv,
+                      i64 group, i64 d, float factor, bf16* kept_q, bf16* kept_k, bf16* kept_v,
+                      bf16* out, i64 team, bf16* work) {
     const Shape of = {batch, length, kv, group, d, first, last};
     const i64 rows = of.whole_rows(), keys = of.keys(), heads = batch * kv;
     bf16 *key_rows = work, *value_columns = key_rows + heads * keys * d;
@@ -214,7 +214,7 @@ void falqon_amx_attention(const bf16* q, i64 q_stride, const bf16* k, i64 k_stri
             for (i64 c = 0; c < d; c += PANEL)
                 pack_columns(of_v, c, keys, value_columns + (head * d + c) * keys);
         }
-        Tiles tiles;
+        Unit unit;
         alignas(64) float sums[PANEL * PANEL];
         bf16* p = scores + id * PANEL * keys;
 #pragma omp for schedule(dynamic)
@@ -239,12 +239,12 @@ void falqon_amx_attention(const bf16* q, i64 q_stride, const bf16* k, i64 k_stri
 }
 
 // Gradients of q, k and v, [b, s, heads, d], from that of the output.
-void falqon_amx_attention_grad(const bf16* grad, i64 grad_stride, const bf16* kept_q,
-                               const bf16* kept_k, const bf16* kept_v, const bf16* cos,
-                               const bf16* sin, i64 table_stride, const int32_t* first,
-                               const int32_t* last, i64 batch, i64 length, i64 kv, i64 group, i64 d,
-                               float factor, bf16* grad_q, bf16* grad_k, bf16* grad_v,
-                               i64 team, bf16* work) {
+void falqon_attention_grad(const bf16* grad, i64 grad_stride, const bf16* kept_q,
+                           const bf16* kept_k, const bf16* kept_v, const bf16* cos,
+                           const bf16* sin, i64 table_stride, const int32_t* first,
+                           const int32_t* last, i64 batch, i64 length, i64 kv, i64 group, i64 d,
+                           float factor, bf16* grad_q, bf16* grad_k, bf16* grad_v,
+                           i64 team, bf16* work) {
     const Shape of = {batch, length, kv, group, d, first, last};
     const i64 rows = of.whole_rows(), keys = of.keys(), heads = batch * kv;
     const i64 own = own_of_gradients(keys, d);
@@ -261,7 +261,7 @@ void falqon_amx_attention_grad(const bf16* grad, i64 grad_stride, const bf16* ke
         float* sum_k = reinterpret_cast<float*>(q_columns + CHUNK * d);
         float *sum_v = sum_k + keys * d, *kept = sum_v + keys * d;
         alignas(64) float sums[PANEL * PANEL];
-        Tiles tiles;
+        Unit unit;
 #pragma omp for schedule(dynamic)
         for (i64 head = 0; head < heads; head++) {
             const i64 b = head / kv, h = head % kv;
@@ -308,7 +308,7 @@ void falqon_amx_attention_grad(const bf16* grad, i64 grad_stride, const bf16* ke
                     const Product of_p = {g, d, value_rows, d};
                     for (i64 s = seen.low; s < seen.high; s += PANEL) {
                         block(of_p, m, s / PANEL, sums);
-                        write(sums, to_dp + s - seen.low, wide);
+                        write_rows(sums, PANEL, to_dp + s - seen.low, wide, nullptr);
                     }
                     const i64 together = rows_of_pass(some);
                     for (i64 i = 0; i < PANEL; i += together)
@@ -317,7 +317,7 @@ void falqon_amx_attention_grad(const bf16* grad, i64 grad_stride, const bf16* ke
                     for (i64 c = 0; c < d; c += PANEL) {
                         const Product of_q = {to_dp, wide, key_columns + c * keys + seen.low * PANEL, some};
                         block(of_q, 0, 0, sums);
-                        write(sums, g + m * d + c, d);  // the gradient is in its panels by now
+                        write_rows(sums, PANEL, g + m * d + c, d, nullptr);  // the gradient is in its panels by now
                     }
                 }
                 for (i64 i = 0; i < least(count, of.rows() - start); i++) {

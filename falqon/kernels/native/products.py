@@ -1,9 +1,9 @@
-"""Typed wrappers of the C++ for AMX: products of melded layers, with an embedding, and attention.
+"""Typed wrappers of the C++ that multiplies: melded layers, an output embedding, and attention.
 
-One call a direction, for processors with AMX. Sums run over the inner dimension from first to last
-in float32, whatever the number of threads: the bits of torch's products. A pending change is
-the first part of a sum, and is not rounded before the rest is added; torch rounds it by itself. All
-tensors are on the CPU, 16-bit ones are bfloat16.
+One call a direction, for processors that multiply bfloat16, by AMX or by AVX512-BF16. Sums run over
+the inner dimension from first to last in float32, whatever the number of threads: the bits of
+torch's products. A pending change is the first part of a sum, and is not rounded before the rest is
+added; torch rounds it by itself. All tensors are on the CPU, 16-bit ones are bfloat16.
 
 Shapes: T tokens, `in`/`out` features, r adapter rank; layers of a group have one input.
 """
@@ -22,24 +22,30 @@ from falqon.kernels.native import ops
 from falqon.kernels.native.build import wanted
 
 _INT = ctypes.c_int64
-_PANEL = 32  # of amx.h
+_PANEL = 32  # of blocks.h
 
 
 def present() -> bool:
-    """Whether the processor has AMX, and system, compiler and `FALQON_NATIVE` let it be used.
+    """Whether `unit` finds something: before it was asked for, nothing here may be called."""
+    return wanted() and _unit() is not None
 
-    The system has to be asked for it, which this does: before it, nothing here may be called.
+
+def unit() -> str | None:
+    """What products are computed by: AMX or AVX512-BF16.
+
+    None if the processor has neither, or system, compiler or `FALQON_NATIVE` do not let it be used.
+    The system has to be asked for AMX, which this does.
     """
-    return wanted() and _present()
+    return _unit() if wanted() else None
 
 
 @lru_cache(maxsize=1)
-def _present() -> bool:
+def _unit() -> str | None:
     found = ops.functions()
     if found is None:
-        return False
-    found.falqon_amx_allowed.restype = _INT
-    return bool(found.falqon_amx_allowed())
+        return None
+    found.falqon_unit.restype = _INT
+    return (None, "AMX", "AVX512-BF16")[found.falqon_unit()]
 
 
 def takes(codes: Sequence[Tensor], tokens: int, rank: int) -> bool:
@@ -90,7 +96,7 @@ def forward(
     sizes = (_INT(count), (_INT * count)(*outs), _INT(columns), _INT(rank), _INT(tokens))
     work = _work("matmul", *sizes, _INT(bool(proxies)), _INT(team))
     ops.call(
-        "amx_matmul",
+        "matmul",
         _INT(count),
         ops.at(x),
         _INT(tokens),
@@ -146,7 +152,7 @@ def backward(
     sizes = (_INT(count), (_INT * count)(*outs), _INT(columns), _INT(rank), _INT(tokens))
     work = _work("matmul_grad", *sizes, _INT(team))
     ops.call(
-        "amx_matmul_grad",
+        "matmul_grad",
         _INT(count),
         _pointers(grads),
         (_INT * count)(*(grad.stride(0) for grad in grads)),
@@ -211,7 +217,7 @@ def attention(
     strided = (part for x in (query, key, value) for part in (ops.at(x), _INT(x.stride(1))))
     sizes = map(_INT, (batch, length, kv, heads // kv, d))
     ops.call(
-        "amx_attention",
+        "attention",
         *strided,
         ops.at(cos),
         ops.at(sin),
@@ -258,7 +264,7 @@ def attention_grad(
     work = _work("attention_grad", *map(_INT, (length, d, team)))
     sizes = map(_INT, (batch, length, kv, heads // kv, d))
     ops.call(
-        "amx_attention_grad",
+        "attention_grad",
         ops.at(grad),
         _INT(grad.stride(1)),
         *map(ops.at, (query, key, value, cos, sin)),
@@ -296,7 +302,7 @@ def dense(x: Tensor, weight: Tensor, result: Tensor) -> None:
     team = torch.get_num_threads()
     work = _work("dense", *map(_INT, (tokens, columns, team)))
     sizes = (_INT(tokens), ops.at(weight), _INT(out), _INT(columns))
-    ops.call("amx_dense", ops.at(x), *sizes, ops.at(result), _INT(team), ops.at(work))
+    ops.call("dense", ops.at(x), *sizes, ops.at(result), _INT(team), ops.at(work))
 
 
 def dense_grad(grad: Tensor, weight: Tensor) -> Tensor:
@@ -317,7 +323,7 @@ def dense_grad(grad: Tensor, weight: Tensor) -> Tensor:
     team = torch.get_num_threads()
     work = _work("dense_grad", *map(_INT, (tokens, columns, team)))
     sizes = (_INT(tokens), _INT(out), ops.at(weight), _INT(columns))
-    ops.call("amx_dense_grad", ops.at(grad), *sizes, ops.at(result), _INT(team), ops.at(work))
+    ops.call("dense_grad", ops.at(grad), *sizes, ops.at(result), _INT(team), ops.at(work))
     return result
 
 
@@ -339,7 +345,7 @@ _THREAD = threading.local()
 
 def _work(name: str, *sizes: object) -> Tensor:
     """Memory for what a function with these sizes has by the way: panels, and more."""
-    function = getattr(ops.functions(), f"falqon_amx_{name}_work")
+    function = getattr(ops.functions(), f"falqon_{name}_work")
     function.restype = _INT
     return memory(function(*sizes))
 

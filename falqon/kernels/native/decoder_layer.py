@@ -1,4 +1,4 @@
-"""A decoder layer of the Llama family by AMX, in one native call a direction.
+"""A decoder layer of the Llama family in one native call a direction.
 
 What its modules do, in their order and with their roundings, so with their bits. What a layer has
 by the way is in memory that all layers use; what its backward pass needs is in three tensors.
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from falqon.kernels.native import amx, ops
+from falqon.kernels.native import ops, products
 
 MEMBERS = (3, 1, 2, 1)
 """Number of layers of each group: q/k/v, o, gate/up and down."""
@@ -27,7 +27,7 @@ _LAYERS = sum(MEMBERS)
 _INT = ctypes.c_int64
 _POINTER = ctypes.c_void_p
 _Results = _POINTER * _LAYERS
-_Tensors = _POINTER * (6 + 4 * _LAYERS)  # FalqonTensors of amx_decoder.cpp
+_Tensors = _POINTER * (6 + 4 * _LAYERS)  # FalqonTensors of decoder.cpp
 
 
 class _Group(ctypes.Structure):  # FalqonGroup
@@ -52,7 +52,7 @@ class _Decoder(ctypes.Structure):  # FalqonDecoder
 
 
 class Group(NamedTuple):
-    """What melded layers with one input, as `amx.takes` allows them, have in common.
+    """What melded layers with one input, as `products.takes` allows them, have in common.
 
     Attributes:
         inputs: features of the input.
@@ -111,7 +111,7 @@ def _prepared(shape: Shape, table_stride: int, team: int) -> _Prepared:
     given.kv, given.group = shape.kv, shape.heads // shape.kv
     given.scaling, given.table_stride, given.team = shape.scaling, table_stride, team
     sizes = [_INT() for _ in range(3)]
-    ops.call("amx_decoder_sizes", ctypes.byref(given), *map(ctypes.byref, sizes))
+    ops.call("decoder_sizes", ctypes.byref(given), *map(ctypes.byref, sizes))
     ranks = [group.rank for group, n in zip(shape.groups, MEMBERS, strict=True) for _ in range(n)]
     proxies = list(zip(shape.outs, ranks, strict=True))
     memory, work, work_back = (size.value for size in sizes)
@@ -147,8 +147,8 @@ def forward(
     # Not one tensor: what is larger than 32 MiB the allocator gives back, and has to map again.
     kept = [x.new_empty(tokens, inner), x.new_empty(tokens, inner), x.new_empty(prepared.memory)]
     out = torch.empty_like(x)
-    pointers = map(ops.at, (x, out, *kept, amx.memory(prepared.work)))
-    ops.call("amx_decoder", prepared.given, places, *pointers)
+    pointers = map(ops.at, (x, out, *kept, products.memory(prepared.work)))
+    ops.call("decoder", prepared.given, places, *pointers)
     return out, kept
 
 
@@ -181,6 +181,6 @@ def backward(
     results = _Results(*[None if t is None else t.data_ptr() for t in of_proxies])
     pointers = map(ops.at, (grad, x, *kept))
     to = None if of_input is None else ops.at(of_input)
-    room = ops.at(amx.memory(prepared.work_back))
-    ops.call("amx_decoder_grad", prepared.given, places, *pointers, to, results, room)
+    room = ops.at(products.memory(prepared.work_back))
+    ops.call("decoder_grad", prepared.given, places, *pointers, to, results, room)
     return of_input, of_proxies

@@ -1,12 +1,11 @@
-// The products with the output embedding, on processors with AMX: logits, and the gradient that comes
-// through it, which is summed over the whole vocabulary.
+// The products with the output embedding: logits, and the gradient that comes through it, which is summed over the whole vocabulary.
 //
 // A result is one thread's work, and its sum runs from first to last however many are added up at a time,
 // so that results do not depend on the number of threads.
 
-#include "amx.h"
+#include "blocks.h"
 
-#ifdef FALQON_HAS_AMX
+#ifdef FALQON_HAS_BLOCKS
 
 static const i64 ROWS = 64;   // rows of the gradient that are multiplied at a time
 static const i64 EARLY = 16;  // rows of the matrix are fetched so many ahead
@@ -27,16 +26,16 @@ static i64 own_of_share(i64 widest, i64 tokens) {
 
 extern "C" {
 
-// How many 16-bit values the `work` of falqon_amx_dense has to have room for.
-i64 falqon_amx_dense_work(i64 tokens, i64 in, i64 team) {
+// How many 16-bit values the `work` of falqon_dense has to have room for.
+i64 falqon_dense_work(i64 tokens, i64 in, i64 team) {
     return tokens * (in + PANEL) + team * panels_at_a_time(in) * in * PANEL;
 }
 
 // x W^T [tokens, out], for x [tokens, in] and W [out, in]; there are 32 tokens at least. `team`, `work`:
-// as in amx.cpp.
-void falqon_amx_dense(const bf16* x, i64 tokens, const bf16* weight, i64 out, i64 in, bf16* result,
-                      i64 team, bf16* work) {
-    const i64 panels = out / PANEL, apart = in + PANEL;  // further than long: see multiply in amx.cpp
+// as in groups.cpp.
+void falqon_dense(const bf16* x, i64 tokens, const bf16* weight, i64 out, i64 in, bf16* result,
+                  i64 team, bf16* work) {
+    const i64 panels = out / PANEL, apart = in + PANEL;  // further than long: see multiply in groups.cpp
     std::unique_ptr<Turn[]> turns;
 #pragma omp parallel num_threads(int(team))
     {
@@ -47,7 +46,7 @@ void falqon_amx_dense(const bf16* x, i64 tokens, const bf16* weight, i64 out, i6
         for (i64 m = 0; m < tokens; m++) std::memcpy(left + m * apart, x + m * in, size_t(in) * 2);
 #pragma omp single
         turns.reset(new Turn[threads]);
-        Tiles tiles;
+        Unit unit;
         Writer writer;
         const Plain rows = {weight, in, out, in};
         const Product of = {left, apart, right, in};
@@ -65,18 +64,18 @@ void falqon_amx_dense(const bf16* x, i64 tokens, const bf16* weight, i64 out, i6
     }
 }
 
-// How many 16-bit values the `work` of falqon_amx_dense_grad has to have room for, also if fewer
+// How many 16-bit values the `work` of falqon_dense_grad has to have room for, also if fewer
 // threads come than might.
-i64 falqon_amx_dense_grad_work(i64 tokens, i64 in, i64 team) {
+i64 falqon_dense_grad_work(i64 tokens, i64 in, i64 team) {
     i64 size = 0;
     for (i64 threads = 1; threads <= team; threads++)
         size = most(size, threads * own_of_share(widest_share(in, threads), tokens));
     return size;
 }
 
-// g W [tokens, in], for g [tokens, out] and W [out, in]. `team`, `work`: as in amx.cpp.
-void falqon_amx_dense_grad(const bf16* grad, i64 tokens, i64 out, const bf16* weight, i64 in,
-                           bf16* result, i64 team, bf16* work) {
+// g W [tokens, in], for g [tokens, out] and W [out, in]. `team`, `work`: as in groups.cpp.
+void falqon_dense_grad(const bf16* grad, i64 tokens, i64 out, const bf16* weight, i64 in,
+                       bf16* result, i64 team, bf16* work) {
     const i64 whole = filled(tokens);
 #pragma omp parallel num_threads(int(team))
     {
@@ -88,7 +87,7 @@ void falqon_amx_dense_grad(const bf16* grad, i64 tokens, i64 out, const bf16* we
         bf16* right = work + id * own_of_share(widest, tokens);
         bf16* left = right + depth * widest;
         float* sums = reinterpret_cast<float*>(left + ROWS * apart);
-        Tiles tiles;
+        Unit unit;
         std::memset(sums, 0, size_t(whole * wide) * 4);
         for (i64 k = 0; k < out; k += depth) {
             const i64 deep = least(depth, out - k);

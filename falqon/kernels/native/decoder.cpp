@@ -1,11 +1,10 @@
-// A decoder layer of the Llama family on processors with AMX, in one call a direction: what its
-// modules do, in their order, with memory that is laid out once.
+// A decoder layer of the Llama family in one call a direction: what its modules do, in their order, with memory that is laid out once.
 
-#include "amx.h"
+#include "blocks.h"
 #include "functions.h"
 #include "rows.h"
 
-#ifdef FALQON_HAS_AMX
+#ifdef FALQON_HAS_BLOCKS
 
 static const i64 GROUPS = 4, LAYERS = 7;  // q/k/v, o, gate/up and down
 
@@ -26,7 +25,7 @@ struct FalqonDecoder {
     i64 team;
 };
 
-// Where its tensors are; as falqon_amx_matmul and falqon_amx_attention take them. `biases` are null where
+// Where its tensors are; as falqon_matmul and falqon_attention take them. `biases` are null where
 // there are none, and `proxies` where no change acts.
 struct FalqonTensors {
     const bf16 *cos, *sin, *norms[2];
@@ -203,17 +202,17 @@ struct GatedBack {
 extern "C" {
 
 // How many 16-bit values the functions below need: as `memory`, and as `work` of each.
-void falqon_amx_decoder_sizes(const FalqonDecoder* of, i64* memory, i64* work, i64* work_back) {
+void falqon_decoder_sizes(const FalqonDecoder* of, i64* memory, i64* work, i64* work_back) {
     const Sizes n(*of);
-    i64 most_of = falqon_amx_attention_work(of->batch, of->length, of->kv, of->d, of->team);
-    i64 most_back = falqon_amx_attention_grad_work(of->length, of->d, of->team);
+    i64 most_of = falqon_attention_work(of->batch, of->length, of->kv, of->d, of->team);
+    i64 most_back = falqon_attention_grad_work(of->length, of->d, of->team);
     for (i64 i = 0; i < GROUPS; i++) {
         const FalqonGroup& by = of->groups[i];
         const i64 *outs = of->outs + MEMBERS[i].first, count = MEMBERS[i].count;
-        most_of = most(most_of, falqon_amx_matmul_work(count, outs, by.in, by.rank, n.tokens, 1,
-                                                       of->team));
-        most_back = most(most_back, falqon_amx_matmul_grad_work(count, outs, by.in, by.rank, n.tokens,
-                                                                of->team));
+        most_of = most(most_of, falqon_matmul_work(count, outs, by.in, by.rank, n.tokens, 1,
+                                                   of->team));
+        most_back = most(most_back, falqon_matmul_grad_work(count, outs, by.in, by.rank, n.tokens,
+                                                            of->team));
     }
     *memory = Kept(*of, nullptr).size;
     *work = Passing(*of, nullptr).size + most_of;
@@ -222,7 +221,7 @@ void falqon_amx_decoder_sizes(const FalqonDecoder* of, i64* memory, i64* work, i
 
 // A layer's output from its input, [tokens, hidden]; gate and up, [tokens, inner], and `memory` are for
 // the backward pass.
-void falqon_amx_decoder(const FalqonDecoder* decoder, const FalqonTensors* tensors, const bf16* x,
+void falqon_decoder(const FalqonDecoder* decoder, const FalqonTensors* tensors, const bf16* x,
                         bf16* out, bf16* gate, bf16* up, bf16* memory, bf16* work) {
     const FalqonDecoder& of = *decoder;
     const FalqonTensors& with = *tensors;
@@ -234,9 +233,9 @@ void falqon_amx_decoder(const FalqonDecoder* decoder, const FalqonTensors* tenso
     const Normed first = {x, with.norms[0], of.eps[0], kept.inverse[0], n.hidden, groups[0].quantised};
     bf16* const heads[] = {by_the_way.q, by_the_way.k, by_the_way.v};
     multiply(of, with, 0, {nullptr, Normed::make, &first}, nullptr, heads, kept.adapters[0], rest);
-    falqon_amx_attention(heads[0], n.heads, heads[1], n.keys, heads[2], n.keys, with.cos, with.sin,
-                         of.table_stride, with.first, with.last, of.batch, of.length, of.kv, of.group,
-                         of.d, of.scaling, kept.q, kept.k, kept.v, attended, of.team, rest);
+    falqon_attention(heads[0], n.heads, heads[1], n.keys, heads[2], n.keys, with.cos, with.sin,
+                     of.table_stride, with.first, with.last, of.batch, of.length, of.kv, of.group,
+                     of.d, of.scaling, kept.q, kept.k, kept.v, attended, of.team, rest);
     const Quantised rounded = {attended, n.heads};
     const Left plain = {attended, nullptr, nullptr}, fp8 = {nullptr, Quantised::make, &rounded};
     multiply(of, with, 1, groups[1].quantised ? fp8 : plain, x, &kept.middle, kept.adapters[1],
@@ -251,9 +250,9 @@ void falqon_amx_decoder(const FalqonDecoder* decoder, const FalqonTensors* tenso
 }
 
 // Gradients of the input, if it is not null, and of the B that have a place for one, in their order.
-void falqon_amx_decoder_grad(const FalqonDecoder* decoder, const FalqonTensors* tensors, const bf16* grad,
-                             const bf16* x, const bf16* gate, const bf16* up, bf16* memory,
-                             bf16* grad_input, float* const* grad_proxies, bf16* work) {
+void falqon_decoder_grad(const FalqonDecoder* decoder, const FalqonTensors* tensors, const bf16* grad,
+                         const bf16* x, const bf16* gate, const bf16* up, bf16* memory,
+                         bf16* grad_input, float* const* grad_proxies, bf16* work) {
     const FalqonDecoder& of = *decoder;
     const FalqonTensors& with = *tensors;
     const Sizes n(of);
@@ -284,10 +283,10 @@ void falqon_amx_decoder_grad(const FalqonDecoder* decoder, const FalqonTensors* 
                   below[1] ? by_the_way.attended : nullptr, grad_proxies, rest);
     if (!below[1]) return;
     const bf16* const heads[] = {by_the_way.q, by_the_way.k, by_the_way.v};
-    falqon_amx_attention_grad(by_the_way.attended, n.heads, kept.q, kept.k, kept.v, with.cos, with.sin,
-                              of.table_stride, with.first, with.last, of.batch, of.length, of.kv,
-                              of.group, of.d, of.scaling, by_the_way.q, by_the_way.k,
-                              by_the_way.v, of.team, rest);
+    falqon_attention_grad(by_the_way.attended, n.heads, kept.q, kept.k, kept.v, with.cos, with.sin,
+                          of.table_stride, with.first, with.last, of.batch, of.length, of.kv,
+                          of.group, of.d, of.scaling, by_the_way.q, by_the_way.k,
+                          by_the_way.v, of.team, rest);
     multiply_back(of, with, 0, there(heads, 0), kept.adapters[0],
                   below[0] ? by_the_way.normed : nullptr, grad_proxies, rest);
     if (!below[0]) return;

@@ -1,6 +1,6 @@
-"""What AMX gains on a CPU: products and attention beside those of torch.
+"""What a CPU gains by products and attention of our own, beside those of torch.
 
-    python -m benchmarks.amx --tokens 1024 --rank 64
+    python -m benchmarks.products --tokens 1024 --rank 64
 
 Shapes are those of a decoder layer (SmolLM2's unless told otherwise). Both ways take turns in one
 process, several times; given are medians of wall times and their ratio. The products are what the
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.compare_report import versions
-from falqon.kernels.native import amx, attention, melded
+from falqon.kernels.native import attention, melded, products
 
 Call = Callable[[], object]
 
@@ -90,7 +90,10 @@ def embed(args: argparse.Namespace) -> tuple[list[Call], list[Call], float]:
     x = torch.randn(args.tokens, args.hidden).bfloat16()
     grad = torch.randn(args.tokens, args.vocabulary).bfloat16()
     room = torch.empty_like(grad)
-    ours: list[Call] = [lambda: amx.dense(x, weight, room), lambda: amx.dense_grad(grad, weight)]
+    ours: list[Call] = [
+        lambda: products.dense(x, weight, room),
+        lambda: products.dense_grad(grad, weight),
+    ]
     theirs: list[Call] = [lambda: torch.mm(x, weight.t(), out=room), lambda: grad @ weight]
     return ours, theirs, 4.0 * args.tokens * weight.numel()
 
@@ -113,13 +116,13 @@ def medians(calls: list[Call], others: list[Call], repeats: int) -> list[list[fl
     return [[statistics.median(times) for times in which] for which in seen]
 
 
-def without_amx(call: Call) -> Call:
+def by_torch(call: Call) -> Call:
     def run() -> None:
-        present, amx.present = amx.present, lambda: False
+        present, products.present = products.present, lambda: False
         try:
             call()
         finally:
-            amx.present = present
+            products.present = present
 
     return run
 
@@ -130,10 +133,10 @@ def measure(args: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for name, group in groups(args):
         passes: list[Call] = [group.forward, group.backward]
-        found = medians(passes, [without_amx(call) for call in passes], args.repeats)
+        found = medians(passes, [by_torch(call) for call in passes], args.repeats)
         print(line(name, *found, group.flops), flush=True)
     passes = list(attend(args))
-    print(line("attention", *medians(passes, [without_amx(c) for c in passes], args.repeats)))
+    print(line("attention", *medians(passes, [by_torch(c) for c in passes], args.repeats)))
     ours, theirs, flops = embed(args)
     print(line("output embedding", *medians(ours, theirs, args.repeats), flops))
 
@@ -160,8 +163,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args(argv)
     print(f"{versions()}, {torch.get_num_threads()} threads", file=sys.stderr)
-    if not amx.present():
-        print("amx: error: this processor has no AMX, or there is no compiler.", file=sys.stderr)
+    if not products.present():
+        print(
+            "products: error: there is neither AMX nor AVX512-BF16, or no compiler.",
+            file=sys.stderr,
+        )
         return 2
     measure(args)
     return 0
