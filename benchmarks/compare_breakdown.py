@@ -22,7 +22,7 @@ _NAMES = (
         (
             "mm",
             "matmul",
-            "dense",
+            "falqon::dense",
             "linear",
             "gemm",
             "gemv",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from falqon.errors import InputError
-from falqon.kernels import backend, devices
+from falqon.kernels import backend, devices, wide
 from falqon.kernels.native import build as native
 from falqon.kernels.native import products
 
@@ -50,12 +50,16 @@ def _cpu() -> dict[str, Any]:
         "AVX2": torch.cpu._is_avx2_supported(),
     }
     units = [name for name, there in has.items() if there]
-    fast = any(has[name] for name in ("AMX", "AVX512-BF16"))
-    note = (
-        "bfloat16 products have instructions of their own."
-        if fast
-        else "There are no bfloat16 instructions: expect a small fraction of the speed."
-    )
+    note = "bfloat16 products are those of oneDNN."
+    if wide.WIDENS:
+        note = (
+            "This torch has no bfloat16 products for the processor: those of melded layers, and "
+            "with the C++ those of attention and of the output embedding, are computed in float32, "
+            "which loses nothing; what torch multiplies itself in bfloat16 (LoRA, QLoRA) takes "
+            "many times as long."
+        )
+    elif any(has[name] for name in ("AMX", "AVX512-BF16")):
+        note = "bfloat16 products have instructions of their own."
     return {
         "name": _cpu_name(),
         "cores": len(os.sched_getaffinity(0))

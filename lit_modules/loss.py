@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from falqon.groups import has_hooks
 from falqon.kernels.native import ops, products
+from falqon.kernels.wide import product
 
 # Positions whose logits are in float32 at a time; in the backward pass they are computed again, so
 # that of all positions only the model's own 16-bit logits stay.
@@ -40,14 +41,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32)
         others, sums, at_targets = [], [], []
         natively = products.takes_dense(weight)
-        through = products.dense_grad if natively else torch.mm
+        through = products.dense_grad if natively else product
         rows = max(1, _LOGIT_BYTES // (weight.shape[0] * weight.element_size()))
         for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
             logits = _room(len(part), len(weight), part)
             if natively and products.fits(len(part), weight.shape):
                 products.dense(part, weight, logits)
             else:
-                torch.mm(part, weight.t(), out=logits)
+                product(part, weight.t(), out=logits)
             losses, parts = ops.cross_entropy(logits, target, want)
             total += losses.sum()
             if parts is not None:

@@ -11,8 +11,9 @@ import torch
 
 from falqon.cli import main
 from falqon.errors import InputError
-from falqon.kernels import backend, devices
+from falqon.kernels import backend, devices, wide
 from falqon.kernels.native import build as native
+from falqon.kernels.native import products
 
 CUDA = torch.device("cuda", 0)
 
@@ -100,6 +101,22 @@ def test_doctor_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert report["cpu"]["threads"] == torch.get_num_threads()
     assert len(report["gpus"]) == torch.cuda.device_count()
+
+
+@pytest.mark.parametrize("unit", [None, "AVX512-BF16"])
+@pytest.mark.parametrize("widens", [True, False])
+def test_doctor_says_how_a_cpu_multiplies(
+    unit: str | None,
+    widens: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(products, "unit", lambda: unit)
+    monkeypatch.setattr(wide, "WIDENS", widens)
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert ("their products by AVX512-BF16" in text) == (unit is not None)
+    assert ("computed in float32" in text) == widens
 
 
 @pytest.mark.parametrize(

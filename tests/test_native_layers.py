@@ -51,7 +51,7 @@ def masks(batch: int, length: int, kind: str) -> Tensor | None:
 
 @pytest.fixture(params=[True, False], ids=["own products", "torch's"])
 def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the processor's matrix unit, if it has one, and without."""
+    """With products of our own, where the processor allows them, and with torch's."""
     if not request.param:
         monkeypatch.setattr(products, "present", lambda: False)
     elif not products.present():

@@ -129,9 +129,9 @@ def test_groups_are_those_of_torch(
     for name, tensor in ours.items():
         assert tensor.shape == theirs[name].shape
         assert tensor.dtype == theirs[name].dtype
-        # Sums of more terms have larger errors, where torch adds up in another order.
-        terms = sum(group.outs) if name == "x" else group.x.shape[1]
-        assert differences(tensor, theirs[name]) < 1e-3 * max(1, terms / 1024), name
+        # The longest sums: without AMX, torch adds them up in other parts.
+        most = 2e-3 if name == "x" and shape[1] == 2048 and products.unit() != "AMX" else 1e-3
+        assert differences(tensor, theirs[name]) < most, name
 
 
 def test_pending_changes_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:

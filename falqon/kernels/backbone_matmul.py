@@ -13,6 +13,7 @@ from falqon.kernels import devices
 from falqon.kernels.operands import compute_dtype, operand, rescaled, stacked
 from falqon.kernels.scaled_matmul import MEMBERS, scaled_matmul
 from falqon.kernels.transposed import kept
+from falqon.kernels.wide import product
 
 
 def joined_gradients(
@@ -76,10 +77,9 @@ def backbone_matmul(
         inverse = (1.0 / unit).to(compute)
         left = left.mul_(inverse) if grad.dtype == torch.uint8 else left * inverse
     if backbone.dtype != torch.uint8 or power_of_two:
-        product = left @ right if onto is None else onto.to(compute).addmm_(left, right)
-        return product.to(dtype)
-    product = left @ right if onto is None else (onto * unit).to(compute).addmm_(left, right)
-    return rescaled(product, unit, dtype, power_of_two)
+        return product(left, right, None if onto is None else onto.to(compute)).to(dtype)
+    begin = None if onto is None else (onto * unit).to(compute)
+    return rescaled(product(left, right, begin), unit, dtype, power_of_two)
 
 
 def _on_gpu(

@@ -110,8 +110,8 @@ def describe(device: torch.device) -> str:
     """One sentence on how FP8 is multiplied there, and why."""
     if device.type == "cpu":
         return (
-            "FP8 codes are decoded to bfloat16 (an exact step) and multiplied there, with float32 "
-            "sums: CPUs have no FP8 units. The recipe 'weights' leaves inputs in 16 bits, which is "
+            "FP8 codes are decoded to bfloat16, an exact step, and multiplied with float32 sums: "
+            "CPUs have no FP8 units. The recipe 'weights' leaves inputs in 16 bits, which is "
             "more accurate at no cost here."
         )
     if device.type != "cuda":

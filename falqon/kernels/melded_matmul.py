@@ -15,6 +15,7 @@ from falqon.kernels import devices
 from falqon.kernels.operands import compute_dtype, operand, rescaled, stacked
 from falqon.kernels.pending import pending_outputs
 from falqon.kernels.scaled_matmul import ADAPTER, MEMBERS, Segment, scaled_matmul
+from falqon.kernels.wide import product
 
 
 def melded_matmul(
@@ -50,7 +51,7 @@ def melded_matmul(
         nothing else.
     """
     left = _input(x, x_scale, codes, dtype, power_of_two)
-    both = left @ operand(stacked(codes), E4M3, left.dtype).t()
+    both = product(left, operand(stacked(codes), E4M3, left.dtype).t())
     outs, adapters, start = [], [], 0
     for merged, scale, bias in zip(codes, scales, biases, strict=True):
         end = start + merged.shape[0]
@@ -77,7 +78,7 @@ def adapter_matmul(
     for merged, scale in zip(codes, scales, strict=True):
         right = operand(merged[merged.shape[0] - rank :], E4M3, left.dtype)
         unit = _unit(merged, x_scale, scale, power_of_two)
-        adapters.append(_part(left @ right.t(), unit, dtype, power_of_two))
+        adapters.append(_part(product(left, right.t()), unit, dtype, power_of_two))
     return adapters
 
 
@@ -104,7 +105,8 @@ def backbone_outputs(
         right = operand(merged[: merged.shape[0] - rank], E4M3, left.dtype)
         unit = _unit(merged, x_scale, scale, power_of_two)
         begin = start if unit is None else start * unit  # exact for powers of two
-        out = _part(begin.to(left.dtype).addmm_(left, right.t()), unit, dtype, power_of_two)
+        both = product(left, right.t(), begin.to(left.dtype))
+        out = _part(both, unit, dtype, power_of_two)
         outs.append(out if bias is None else out.add_(bias.to(dtype)))
     return outs
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from falqon.fp8 import E4M3
 from falqon.kernels.operands import operand
+from falqon.kernels.wide import product
 
 
 def pending_outputs(adapter: Tensor, proxy: Tensor) -> Tensor:
@@ -26,7 +27,7 @@ def pending_outputs(adapter: Tensor, proxy: Tensor) -> Tensor:
     Returns:
         [T, out] in the dtype of `adapter`, a tensor of its own.
     """
-    return adapter @ proxy.to(adapter.dtype).t()
+    return product(adapter, proxy.to(adapter.dtype).t())
 
 
 def pending_gradient(
@@ -53,5 +54,5 @@ def pending_gradient(
     )
     if codes[0].dtype == torch.uint8:  # here and not on B, which would underflow in float16
         adapters = adapters / torch.cat(list(scales)).repeat_interleave(rank)[:, None]
-    thin = [grad @ proxy.to(dtype) for grad, proxy in zip(grads, proxies, strict=True)]
-    return torch.cat(thin, dim=1) @ adapters.to(dtype)
+    thin = [product(grad, proxy.to(dtype)) for grad, proxy in zip(grads, proxies, strict=True)]
+    return product(torch.cat(thin, dim=1), adapters.to(dtype))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from falqon.kernels import devices
+from falqon.kernels.wide import product
 
 
 def proxy_grad(grad: Tensor, adapter: Tensor) -> Tensor:
@@ -25,7 +26,7 @@ def proxy_grad(grad: Tensor, adapter: Tensor) -> Tensor:
         return proxy_grad_gpu(grad, adapter)
     if grad.dtype == torch.float16:
         grad, adapter = grad.float(), adapter.float()
-    return (grad.t() @ adapter).to(torch.float32)
+    return product(grad.t(), adapter).to(torch.float32)
 
 
 @torch.library.custom_op("falqon::proxy_grad", mutates_args=())

@@ -319,6 +319,8 @@ def test_numbers_of_the_table() -> None:
         ("aten::_fused_adamw_", "optimizer"),
         ("aten::mul", "other"),
         ("aten::embedding", "other"),
+        ("aten::embedding_dense_backward", "other"),
+        ("falqon::dense_grad", "matmul"),
     ],
 )
 def test_operations_are_put_where_they_belong(name: str, part: str) -> None:

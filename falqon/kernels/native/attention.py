@@ -1,4 +1,4 @@
-"""Causal attention on a CPU: matmuls in 16 bits, batched over heads, with an explicit softmax.
+"""Causal attention on a CPU: matmuls of 16-bit values, batched over heads, explicit softmax.
 
 For the short rows of fine-tuning; torch's own kernel for CPUs is several times slower there. Rotary
 embedding is part of it, query heads that share keys are rows of one matmul, and of the keys only
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from falqon.kernels.native import ops, products
+from falqon.kernels.wide import product
 
 _BLOCK = (
     128  # queries: with fewer, matmuls get slow; with more, too many unseen keys are multiplied
@@ -217,9 +218,9 @@ class Way(NamedTuple):
         out = torch.zeros_like(q)
         for start, count, low, high in ranges.blocks(batch * kv, group):
             rows = slice(start * group, (start + count) * group)
-            scores = torch.bmm(q[:, rows], k[:, low:high].transpose(1, 2))
+            scores = product(q[:, rows], k[:, low:high].transpose(1, 2))
             ops.softmax_(scores, ranges.first, ranges.last, start, count, low, self.scaling)
-            out[:, rows] = torch.bmm(scores, v[:, low:high])
+            out[:, rows] = product(scores, v[:, low:high])
         return ops.ungrouped(out.view(batch, kv, length, group, d)), [q, k, v]
 
     def _gradients_by_matmuls(
@@ -235,13 +236,13 @@ class Way(NamedTuple):
         for start, count, low, high in ranges.blocks(batch * kv, group):
             rows, keys = slice(start * group, (start + count) * group), slice(low, high)
             q_part, k_part, g_part = q[:, rows], k[:, keys], grad_out[:, rows]
-            p = torch.bmm(q_part, k_part.transpose(1, 2))
+            p = product(q_part, k_part.transpose(1, 2))
             ops.softmax_(p, ranges.first, ranges.last, start, count, low, scaling)
-            grad_v[:, keys] += torch.bmm(p.transpose(1, 2), g_part)
-            of_scores = torch.bmm(g_part, v[:, keys].transpose(1, 2))
+            grad_v[:, keys] += product(p.transpose(1, 2), g_part)
+            of_scores = product(g_part, v[:, keys].transpose(1, 2))
             ops.softmax_grad_(p, of_scores, scaling)
-            grad_q[:, rows] = torch.bmm(of_scores, k_part)
-            grad_k[:, keys] += torch.bmm(of_scores.transpose(1, 2), q_part)
+            grad_q[:, rows] = product(of_scores, k_part)
+            grad_k[:, keys] += product(of_scores.transpose(1, 2), q_part)
         shape = (batch, kv, length, 1, d)
         return (
             ops.rotated_grad(grad_q.view(batch, kv, length, group, d), cos, sin),

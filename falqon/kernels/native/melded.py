@@ -17,6 +17,7 @@ from torch import Tensor
 
 from falqon.kernels.native import ops, products
 from falqon.kernels.proxy_grad import proxy_grad
+from falqon.kernels.wide import product
 from falqon.recipe import Fp8Recipe
 
 
@@ -62,15 +63,17 @@ def forward(
         results, adapters = products.forward(x, codes, scales, rank, proxies, factors)
     else:
         backbones, of_adapters = _decoded(codes, scales, rank)
-        adapter = x @ of_adapters.t()
+        adapter = product(x, of_adapters.t())
         adapters = [adapter] if len(codes) == 1 else list(adapter.split(rank, dim=1))
         if proxies:
             acting = _acting(proxies, factors)
-            pending = [a @ b.t() for a, b in zip(adapters, acting, strict=True)]
+            pending = [product(a, b.t()) for a, b in zip(adapters, acting, strict=True)]
             parts = backbones.split([len(c) - rank for c in codes])
-            results = [to.addmm_(x, w.t()) for to, w in zip(pending, parts, strict=True)]
+            onto = zip(pending, parts, strict=True)
+            results = [product(x, w.t(), to) for to, w in onto]
         else:
-            results = [x @ w.t() for w in backbones.split([len(c) - rank for c in codes])]
+            parts = backbones.split([len(c) - rank for c in codes])
+            results = [product(x, w.t()) for w in parts]
     for result, bias in zip(results, biases, strict=True):
         if bias is not None:
             result.add_(bias)
@@ -133,11 +136,11 @@ def _input_gradient(
     else:
         left = grads[0] if len(grads) == 1 else torch.cat(list(grads), dim=1)
     if not proxies:
-        return left @ backbones
+        return product(left, backbones)
     acting = _acting(proxies, factors)
-    thin = [grad @ proxy for grad, proxy in zip(grads, acting, strict=True)]
-    onto = (thin[0] if len(thin) == 1 else torch.cat(thin, dim=1)) @ of_adapters
-    return onto.addmm_(left, backbones)
+    thin = [product(grad, proxy) for grad, proxy in zip(grads, acting, strict=True)]
+    onto = product(thin[0] if len(thin) == 1 else torch.cat(thin, dim=1), of_adapters)
+    return product(left, backbones, onto)
 
 
 def _decoded(codes: Sequence[Tensor], scales: Sequence[Tensor], rank: int) -> tuple[Tensor, Tensor]:
