@@ -437,11 +437,16 @@ def loads(resources: Resources) -> str:
     return ", ".join(f"{n} {name}" for name, n in kinds.items() if n) or "-"
 
 
+def builds_of(archs: Sequence[int]) -> list[Build]:
+    """All builds for some architectures, in the order of `compile_all`."""
+    return [build for arch in archs for build in builds(arch)]
+
+
 def compile_all(
     archs: Sequence[int] = tuple(SHARED_LIMIT), workers: int = 2
 ) -> list[tuple[Build, Resources]]:
     """Compile all builds for some architectures, in processes of their own."""
-    everything = [build for arch in archs for build in builds(arch)]
+    everything = builds_of(archs)
     context = get_context("spawn")  # threads of this process must not be forked
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         jobs = [pool.submit(_compile_number, tuple(archs), n) for n in range(len(everything))]
@@ -449,7 +454,7 @@ def compile_all(
 
 
 def _compile_number(archs: tuple[int, ...], number: int) -> Resources:
-    return compile_build([build for arch in archs for build in builds(arch)][number])
+    return compile_build(builds_of(archs)[number])
 
 
 def table(compiled: list[tuple[Build, Resources]]) -> str:

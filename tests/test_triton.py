@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -34,9 +37,30 @@ def test_kernels_in_the_interpreter(kernels: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> list[tuple[kernel_builds.Build, kernel_builds.Resources]]:
-    """Every kernel in every configuration for every architecture."""
-    return kernel_builds.compile_all()
+def compiled(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[tuple[kernel_builds.Build, kernel_builds.Resources]]:
+    """Every kernel in every configuration for every architecture.
+
+    That takes minutes: once for all processes that tests are divided among.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return kernel_builds.compile_all()
+    shared = tmp_path_factory.getbasetemp().parent
+    found = shared / "kernels.json"
+    with (shared / "kernels.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not found.exists():
+            made = [vars(resources) for _, resources in kernel_builds.compile_all()]
+            found.write_text(json.dumps(made))
+    all_builds = kernel_builds.builds_of(tuple(kernel_builds.SHARED_LIMIT))
+    resources = [
+        kernel_builds.Resources(
+            **values | {key: Counter(values[key]) for key in ("instructions", "modified")}
+        )
+        for values in json.loads(found.read_text())
+    ]
+    return list(zip(all_builds, resources, strict=True))
 
 
 def test_every_kernel_compiles_within_the_limits(
