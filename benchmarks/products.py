@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{versions()}, {torch.get_num_threads()} threads", file=sys.stderr)
     if not products.present():
         print(
-            "products: error: there is neither AMX nor AVX512-BF16, or no compiler.",
+            "products: error: there is neither AMX nor AVX512, or no compiler.",
             file=sys.stderr,
         )
         return 2

@@ -47,6 +47,7 @@ def _cpu() -> dict[str, Any]:
     has = {
         "AMX": torch.cpu._is_amx_tile_supported(),
         "AVX512-BF16": torch.cpu._is_avx512_bf16_supported(),
+        "AVX512": torch.cpu._is_avx512_supported(),
         "AVX2": torch.cpu._is_avx2_supported(),
     }
     units = [name for name, there in has.items() if there]
@@ -142,7 +143,7 @@ def format_report(report: dict[str, Any]) -> str:
     lines = [software, ""]
     cpu = report["cpu"]
     memory = "" if cpu["memory_gib"] is None else f", {cpu['memory_gib']:.0f} GiB"
-    units = ", ".join(cpu["instructions"]) or "none of AMX, AVX512-BF16, AVX2"
+    units = ", ".join(cpu["instructions"]) or "none of AMX, AVX512, AVX2"
     lines += [f"cpu: {cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads{memory}"]
     lines += [f"  instructions: {units}", f"  {cpu['how']}", f"  {cpu['native']}"]
     lines += [f"  {note}" for note in cpu["notes"]]

@@ -15,7 +15,7 @@ from falqon.recipe import Fp8Recipe
 
 pytestmark = [
     pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler"),
-    pytest.mark.skipif(not products.present(), reason="the processor does not multiply bfloat16"),
+    pytest.mark.skipif(not products.present(), reason="the processor has no AVX512"),
 ]
 BF16 = torch.bfloat16
 

@@ -31,7 +31,7 @@ SMALL = [
 
 @pytest.mark.skipif(
     build.compiler() is None or not products.present(),
-    reason="the processor does not multiply bfloat16",
+    reason="the processor has no AVX512",
 )
 def test_both_ways_are_timed(capsys: pytest.CaptureFixture[str]) -> None:
     present = products.present

@@ -1,5 +1,4 @@
-// Blocks of matrix products on processors that multiply bfloat16 values, by AMX or AVX512-BF16, and the
-// layouts that they take.
+// Blocks of products of bfloat16 matrices, by AMX, AVX512-BF16 or AVX512, and the layouts that they take.
 //
 // The right factor comes in panels of 32 columns, one behind the other, each k / 2 rows of 32 pairs
 // of values that follow each other in k. Sums run over k from first to last.
@@ -9,7 +8,7 @@
 
 #include "values.h"
 
-#if defined(__AVX512BW__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && defined(__linux__)
 #define FALQON_HAS_BLOCKS
 
 #include <atomic>
@@ -27,12 +26,19 @@ static inline i64 filled(i64 n) { return (n + PANEL - 1) / PANEL * PANEL; }
 // Left factor [rows, k], and panels of the right one.
 struct Product { const bf16* left; i64 stride; const bf16* panels; i64 k; };
 
-// bfloat16 values of float32 ones: `narrow`, but that numbers below 2^-126 become zero, as they do in
-// the products.
+// bfloat16 values of float32 ones: `narrow`, but that processors that can do it make zero of numbers below
+// 2^-126, as they do in the products.
+#ifdef __AVX512BF16__
 static inline __m256i narrowed(__m512 x) { return __m256i(_mm512_cvtneps_pbh(x)); }
 static inline __m512i narrowed(__m512 low, __m512 high) {
     return __m512i(_mm512_cvtne2ps_pbh(high, low));
 }
+#else
+static inline __m256i narrowed(__m512 x) { return rounded(x); }
+static inline __m512i narrowed(__m512 low, __m512 high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(rounded(low)), rounded(high), 1);
+}
+#endif
 
 // Rows of a block's sums, rounded; with `onto` then added to that and rounded again. Rows of `to` and `onto`
 // are `stride` apart.
@@ -49,7 +55,7 @@ static inline void write_rows(const float* sums, i64 count, bf16* to, i64 stride
     }
 }
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #include "tiles.h"
 #else
 #include "vectors.h"

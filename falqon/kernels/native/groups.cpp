@@ -18,7 +18,8 @@ static i64 parts_of(i64 all, i64 at_a_time) { return (all + at_a_time - 1) / at_
 
 extern "C" {
 
-// What products can be computed by, if the system lets this process use it: 1, AMX; 2, AVX512-BF16; 0, neither.
+// What products are computed by: 1, AMX, if the system lets this process use it; 2, AVX512-BF16; 3, AVX512;
+// 0, nothing here.
 i64 falqon_unit() { return unit_is_allowed() ? UNIT : 0; }
 
 // How many 16-bit values the `work` of products has to have room for.

@@ -1,10 +1,29 @@
-// Blocks of products by AVX512-BF16: see blocks.h, which includes this.
+// Blocks of products by AVX512-BF16, or by AVX512 in float32, with the same bits but for numbers below
+// 2^-126: see blocks.h, which includes this.
 
 static const i64 LEFT = 3 << 17;   // bytes of the left factor that are multiplied with
 static const i64 RIGHT = 5 << 16;  // so many of the panels at a time: both stay in the cache
 static const int ROWS_AT_ONCE = 8;  // of a block: their sums are in 16 registers
 
+#ifdef __AVX512BF16__
 static const i64 UNIT = 2;  // what falqon_unit says
+
+// 16 pairs of values that follow each other in k, and sums plus their products, the second one's first.
+typedef __m512bh Pairs;
+static inline Pairs pairs_of(__m512i values) { return Pairs(values); }
+static inline __m512 add_products(__m512 sums, Pairs a, Pairs b) { return _mm512_dpbf16_ps(sums, a, b); }
+#else
+static const i64 UNIT = 3;
+
+typedef Halves Pairs;
+static inline Pairs pairs_of(__m512i values) {
+    return Pairs(_mm512_castsi512_ps(_mm512_slli_epi32(values, 16)), upper(values));
+}
+static inline __m512 add_products(__m512 sums, const Pairs& a, const Pairs& b) {
+    return _mm512_fmadd_ps(a.even, b.even, _mm512_fmadd_ps(a.odd, b.odd, sums));
+}
+#endif
+
 static inline bool unit_is_allowed() { return true; }
 
 // What a thread multiplies with: nothing that has to be prepared.
@@ -27,17 +46,17 @@ __attribute__((noinline)) static void add_rows(const Product& of, const Product*
         const char* a = reinterpret_cast<const char*>(with->left + row * with->stride);
         const char *third = a + 3 * s, *sixth = a + 6 * s, *end = a + with->k * 2;
         for (; a < end; a += 4, third += 4, sixth += 4, b += 2 * PANEL) {
-            const __m512bh left = __m512bh(_mm512_load_si512(b));
-            const __m512bh right = __m512bh(_mm512_load_si512(b + PANEL));
+            const Pairs left = pairs_of(_mm512_load_si512(b));
+            const Pairs right = pairs_of(_mm512_load_si512(b + PANEL));
             const char* const at[] = {a,         a + s,         a + 2 * s, third,
                                       a + 4 * s, third + 2 * s, sixth,     third + 4 * s};
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS_AT_ONCE; r++) {
                 int pair;
                 std::memcpy(&pair, at[r], 4);
-                const __m512bh x = __m512bh(_mm512_set1_epi32(pair));
-                low[r] = _mm512_dpbf16_ps(low[r], x, left);
-                high[r] = _mm512_dpbf16_ps(high[r], x, right);
+                const Pairs x = pairs_of(_mm512_set1_epi32(pair));
+                low[r] = add_products(low[r], x, left);
+                high[r] = add_products(high[r], x, right);
             }
         }
         if (with == &of) break;
