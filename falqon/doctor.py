@@ -51,7 +51,7 @@ def _cpu() -> dict[str, Any]:
         "AVX2": torch.cpu._is_avx2_supported(),
     }
     units = [name for name, there in has.items() if there]
-    note = "bfloat16 products are those of oneDNN."
+    note = "torch's bfloat16 products are those of oneDNN."
     if wide.WIDENS:
         note = (
             "This torch has no bfloat16 products for the processor: those of melded layers, and "

@@ -25,6 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from falqon import blocks
 from falqon.blocks import Grouped, GroupedAttention, GroupedMlp, group_blocks
 from falqon.errors import InputError
+from falqon.kernels import wide
 from falqon.kernels.native import build
 from falqon.kernels.operands import are_consecutive
 from falqon.linear import MeldedLinear
@@ -220,8 +221,10 @@ def test_moments_are_those_of_single_layers() -> None:
     assert all(moment.any() for moment in found.values())
 
 
-def test_compiles_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("widens", [True, False])
+def test_compiles_without_a_break(widens: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FALQON_NATIVE", "off")  # what is traced is plain torch
+    monkeypatch.setattr(wide, "WIDENS", widens)
     model, _ = make(dtype=torch.bfloat16)
     layer = model.model.layers[1]
     x = torch.randn(2, 5, 32).bfloat16()

@@ -52,7 +52,9 @@ def compiled(
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not found.exists():
             made = [vars(resources) for _, resources in kernel_builds.compile_all()]
-            found.write_text(json.dumps(made))
+            written = shared / "kernels.writing"
+            written.write_text(json.dumps(made))
+            written.replace(found)
     all_builds = kernel_builds.builds_of(tuple(kernel_builds.SHARED_LIMIT))
     resources = [
         kernel_builds.Resources(

@@ -34,9 +34,12 @@ static inline __m512i narrowed(__m512 low, __m512 high) {
     return __m512i(_mm512_cvtne2ps_pbh(high, low));
 }
 #else
-static inline __m256i narrowed(__m512 x) { return rounded(x); }
+static inline __m256i narrowed(__m512 x) {
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);  // also one with a full lower half
+    return rounded(_mm512_mask_mov_ps(x, is_nan, _mm512_set1_ps(__builtin_nanf(""))));
+}
 static inline __m512i narrowed(__m512 low, __m512 high) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(rounded(low)), rounded(high), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(narrowed(low)), narrowed(high), 1);
 }
 #endif
 
