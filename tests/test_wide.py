@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from falqon.kernels import wide
 from falqon.kernels.native import build, products
 from falqon.kernels.wide import product
-from falqon.precision import FalqonPrecision
 from lit_modules.loss import supervised_loss
+from tests.test_native_layers import batch, model
 
 BF16 = torch.bfloat16
 
@@ -112,30 +111,17 @@ def test_no_product_of_melded_layers_is_in_16_bits(
 ) -> None:
     monkeypatch.setenv("FALQON_NATIVE", native)
     monkeypatch.setattr(products, "present", lambda: False)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        attn_implementation="sdpa",
-    )
-    made = LlamaForCausalLM(config).requires_grad_(False)
-    plugin = FalqonPrecision(rank=8, update="compensated")
-    plugin.convert(made, device="cpu")
-    made.train()
-    tokens = torch.randint(64, (2, 40))
-    with torch.no_grad():
-        for layer in plugin.layers.values():
-            layer.B.normal_(std=1e-3)
+    made, plugin = model()
+    given = batch()
     seen = Products()
     with seen:
         if native == "auto":
-            loss, _ = supervised_loss(made, {"input_ids": tokens, "labels": tokens})
+            loss, _ = supervised_loss(made, given)
         else:  # the loss and attention are torch's own then
-            loss = made.model.layers[0].mlp(made.model.embed_tokens(tokens)).float().sum()
+            ids = given["input_ids"]
+            embedded = made.model.embed_tokens(ids)  # type: ignore[union-attr, operator]
+            mlp = made.model.layers[0].mlp  # type: ignore[union-attr, index]
+            loss = mlp(embedded).float().sum()  # type: ignore[operator]
         loss.backward()
     assert seen.dtypes == {torch.float32}
     grads = [layer.B.grad for layer in plugin.layers.values()]
