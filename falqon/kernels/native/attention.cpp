@@ -317,7 +317,8 @@ void falqon_attention_grad(const bf16* grad, i64 grad_stride, const bf16* kept_q
                     for (i64 c = 0; c < d; c += PANEL) {
                         const Product of_q = {to_dp, wide, key_columns + c * keys + seen.low * PANEL, some};
                         block(of_q, 0, 0, sums);
-                        write_rows(sums, PANEL, g + m * d + c, d, nullptr);  // the gradient is in its panels by now
+                        // The gradient is in its panels by now.
+                        write_rows(sums, PANEL, g + m * d + c, d, nullptr);
                     }
                 }
                 for (i64 i = 0; i < least(count, of.rows() - start); i++) {

@@ -1,4 +1,5 @@
-// The products with the output embedding: logits, and the gradient that comes through it, which is summed over the whole vocabulary.
+// The products with the output embedding: logits, and the gradient that comes through it, which is
+// summed over the whole vocabulary.
 //
 // A result is one thread's work, and its sum runs from first to last however many are added up at a time,
 // so that results do not depend on the number of threads.
