@@ -175,6 +175,7 @@ static inline void pairs(__m512i a, __m512i b, __m512i* out) {
 // Rows of merged codes of one layer, decoded by a table; those from `rows` on are zero. Rows that follow
 // are fetched, which may be none: processors forgive that.
 struct Codes {
+    static const i64 EARLY = 64;  // rows, where a few columns are read of each
     const uint8_t* codes;
     i64 rows, columns;
     __m512i table[4];
@@ -205,8 +206,8 @@ struct Codes {
         return values(bytes(row, column));
     }
     void load_pairs(i64 row, i64 column, __m512i* out) const {
-        fetch(row + PANEL / 2, column);
-        fetch(row + PANEL / 2 + 1, column);
+        fetch(row + EARLY, column);
+        fetch(row + EARLY + 1, column);
         __m256i a = bytes(row, column), b = bytes(row + 1, column);
         __m256i low = _mm256_unpacklo_epi8(a, b), high = _mm256_unpackhi_epi8(a, b);
         out[0] = values(_mm256_permute2x128_si256(low, high, 0x20));
@@ -266,16 +267,17 @@ static inline void pack_rows(const Source& source, i64 row, i64 k, bf16* panel) 
 }
 
 // Panels whose columns are those of the source from `column` on, and whose k are `k` rows from its
-// first on.
+// first on; `apart`: k from one to the next, if there are more there.
 template <class Source>
 static inline void pack_columns(const Source& source, i64 column, i64 k, bf16* panel,
-                                i64 panels = 1) {
+                                i64 panels = 1, i64 apart = 0) {
     for (i64 row = 0; row < k; row += 2, panel += 2 * PANEL)
         for (i64 p = 0; p < panels; p++) {
             __m512i two[2];
             source.load_pairs(row, column + p * PANEL, two);
-            _mm512_store_si512(panel + p * k * PANEL, two[0]);
-            _mm512_store_si512(panel + p * k * PANEL + PANEL, two[1]);
+            bf16* to = panel + p * most(k, apart) * PANEL;
+            _mm512_store_si512(to, two[0]);
+            _mm512_store_si512(to + PANEL, two[1]);
         }
 }
 

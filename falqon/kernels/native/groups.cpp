@@ -178,11 +178,13 @@ void multiply_back(i64 layers, const Gradients& grads, i64 tokens, i64 in, const
             for (i64 l = 0; l < layers; row += outs[l], l++) {
                 Codes backbone(codes[l], outs[l], in, *scales[l]);
                 Codes adapter(codes[l] + outs[l] * in, rank, in, *scales[l]);
-                for (i64 n = 0; n < in; n += PANEL)
+                for (i64 n = 0; n < in; n += 2 * PANEL)  // of a row of codes, a cache line at a time
                     if (ticket.is_next()) {
-                        pack_columns(backbone, n, outs[l], of_weights + n * out + row * PANEL);
+                        const i64 panels = least(2, (in - n) / PANEL);
+                        pack_columns(backbone, n, outs[l], of_weights + n * out + row * PANEL, panels, out);
                         if (proxies)
-                            pack_columns(adapter, n, wide, of_adapters + n * thin + l * wide * PANEL);
+                            pack_columns(adapter, n, wide, of_adapters + n * thin + l * wide * PANEL, panels,
+                                         thin);
                     }
                 if (!proxies) continue;
                 Proxy pending = {proxies[l], rank, factors[l]};
