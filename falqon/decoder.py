@@ -1,4 +1,4 @@
-"""A decoder layer of the Llama family as one autograd function, on CPUs with AVX512.
+"""A decoder layer of the Llama family as one autograd function, on x86 CPUs with AVX2.
 
 The same operations in the same order as `falqon.blocks` has them module by module, so the same
 bits. Between them there is neither autograd nor a call of a module, which together cost a seventh

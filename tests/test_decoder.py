@@ -20,7 +20,7 @@ from falqon.precision import FalqonPrecision
 from lit_modules.layers import recompute
 from tests.test_blocks import make_base
 
-pytestmark = pytest.mark.skipif(not products.present(), reason="the processor has no AVX512")
+pytestmark = pytest.mark.skipif(not products.present(), reason="the processor has no AVX2")
 BF16 = torch.bfloat16
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
 

@@ -55,7 +55,7 @@ def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     if not request.param:
         monkeypatch.setattr(products, "present", lambda: False)
     elif not products.present():
-        pytest.skip("the processor has no AVX512")
+        pytest.skip("the processor has no AVX2")
 
 
 @pytest.mark.parametrize("kind", ["causal", "packed", "window", "padded"])

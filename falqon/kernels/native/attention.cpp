@@ -21,11 +21,8 @@ struct Seen {
     Seen(i64 start, i64 end)
         : start(start), end(end), from(end > start ? start / 16 * 16 : 0),
           to(end > start ? (end + 15) / 16 * 16 : 0) {}
-    // Which of the 16 values from `at` on are seen.
-    __mmask16 of(i64 at) const {
-        const i64 before = most(0, start - at), until = most(0, least(16, end - at));
-        return __mmask16(((1u << until) - 1u) & ~((1u << before) - 1u));
-    }
+    // Those of 16 values from `at` on that are seen, and `none` in the other places.
+    Floats of(i64 at, Floats x, Floats none) const { return between(start - at, end - at, x, none); }
 };
 
 // n values, all but those of [from, to), become zero.
@@ -45,36 +42,35 @@ static inline i64 kept_by_softmax(i64 n) { return most(KEPT, n); }
 // where a row sees nothing, as that of padding. Rows are `stride` apart; `kept`: room for rows * n.
 static inline void softmax(bf16* p, i64 stride, i64 n, i64 rows, const Seen* seen, float factor,
                            float* kept) {
-    const __m512 none = _mm512_set1_ps(-__builtin_inff()), scale = _mm512_set1_ps(factor);
+    const Floats none = splat(-__builtin_inff()), scale = splat(factor);
     float shifts[PANEL], inverse[PANEL];
     for (i64 r = 0; r < rows; r++) {
         const bf16* scores = p + r * stride;
-        __m512 largest = none;
+        Floats largest = none;
         for (i64 i = seen[r].from; i < seen[r].to; i += 16) {
-            __m512 x = _mm512_mask_mov_ps(none, seen[r].of(i), widened(scores + i));
-            _mm512_store_ps(kept + r * n + i, x);
-            largest = _mm512_max_ps(largest, x);
+            const Floats x = seen[r].of(i, widened(scores + i), none);
+            store(x, kept + r * n + i);
+            largest = larger(largest, x);
         }
-        shifts[r] = _mm512_reduce_max_ps(largest) * factor;
+        shifts[r] = largest_in(largest) * factor;
     }
     for (i64 r = 0; r < rows; r++) {
-        const __m512 shift = _mm512_set1_ps(shifts[r]);
-        __m512 sum = _mm512_setzero_ps();
+        const Floats shift = splat(shifts[r]);
+        Floats sum = splat(0.0f);
         for (i64 i = seen[r].from; i < seen[r].to; i += 16) {
             float* at = kept + r * n + i;
-            const __m512 of = _mm512_load_ps(at);
-            const __mmask16 there = _mm512_cmp_ps_mask(of, none, _CMP_NEQ_UQ);
-            __m512 x = _mm512_maskz_mov_ps(there, exponentials(_mm512_fmsub_ps(of, scale, shift)));
-            _mm512_store_ps(at, x);
-            sum = _mm512_add_ps(sum, x);
+            const Floats of = load(at);
+            const Floats x = zero_where_equal(exponentials(fms(of, scale, shift)), of, none);
+            store(x, at);
+            sum = sum + x;
         }
-        inverse[r] = 1.0f / _mm512_reduce_add_ps(sum);
+        inverse[r] = 1.0f / sum_in(sum);
     }
     for (i64 r = 0; r < rows; r++, p += stride) {
         const Seen& of = seen[r];
-        const __m512 by = _mm512_set1_ps(inverse[r]);
+        const Floats by = splat(inverse[r]);
         for (i64 i = of.from; i < of.to; i += 16)
-            put(_mm512_mul_ps(_mm512_load_ps(kept + r * n + i), by), p + i);
+            put(load(kept + r * n + i) * by, p + i);
         clear_around(of.from, of.to, p, n);
     }
 }
@@ -83,17 +79,16 @@ static inline void softmax(bf16* p, i64 stride, i64 n, i64 rows, const Seen* see
 static inline void softmax_grad(const bf16* p, bf16* dp, i64 stride, i64 n, i64 rows, float factor) {
     float along[PANEL];
     for (i64 r = 0; r < rows; r++) {
-        __m512 sum = _mm512_setzero_ps();
+        Floats sum = splat(0.0f);
         for (i64 i = r * stride; i < r * stride + n; i += 16)
-            sum = _mm512_fmadd_ps(widened(p + i), widened(dp + i), sum);
-        along[r] = _mm512_reduce_add_ps(sum);
+            sum = fma(widened(p + i), widened(dp + i), sum);
+        along[r] = sum_in(sum);
     }
-    const __m512 scale = _mm512_set1_ps(factor);
+    const Floats scale = splat(factor);
     for (i64 r = 0; r < rows; r++) {
-        const __m512 of = _mm512_set1_ps(along[r]);
+        const Floats of = splat(along[r]);
         for (i64 i = r * stride; i < r * stride + n; i += 16) {
-            __m512 x = _mm512_mul_ps(widened(p + i), _mm512_sub_ps(widened(dp + i), of));
-            put(_mm512_mul_ps(x, scale), dp + i);
+            put(widened(p + i) * (widened(dp + i) - of) * scale, dp + i);
         }
     }
 }
@@ -231,7 +226,7 @@ void falqon_attention(const bf16* q, i64 q_stride, const bf16* k, i64 k_stride, 
                 block(weighted, 0, 0, sums);
                 for (i64 i = 0; i < least(PANEL, of.rows() - row); i++)
                     for (i64 j = 0; j < PANEL; j += 16)
-                        put(_mm512_load_ps(sums + i * PANEL + j),
+                        put(load(sums + i * PANEL + j),
                             to.row(of, b, head % kv, row + i) + c + j);
             }
         }
@@ -346,8 +341,8 @@ void falqon_attention_grad(const bf16* grad, i64 grad_stride, const bf16* kept_q
                 const i64 at = b * table_stride + s * d;
                 bf16* rounded = g;
                 for (i64 c = 0; c < d; c += 16) {
-                    put(_mm512_loadu_ps(sum_k + s * d + c), rounded + c);
-                    put(_mm512_loadu_ps(sum_v + s * d + c), to_v.row(of, b, h, s) + c);
+                    put(load(sum_k + s * d + c), rounded + c);
+                    put(load(sum_v + s * d + c), to_v.row(of, b, h, s) + c);
                 }
                 rotate<true>(rounded, cos + at, sin + at, d, to_k.row(of, b, h, s));
             }

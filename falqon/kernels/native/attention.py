@@ -4,8 +4,8 @@ For the short rows of fine-tuning; torch's own kernel for CPUs is several times 
 embedding is part of it, query heads that share keys are rows of one matmul, and of the keys only
 those that a block of queries can see are multiplied.
 
-On processors with AMX or AVX512 all of it is one call a direction (`products.attention`), with the
-same roundings.
+On processors with AMX, AVX512 or AVX2 all of it is one call a direction (`products.attention`),
+with the same roundings.
 
 Scores and probabilities are rounded to bfloat16, softmax and all sums are in float32; torch's
 kernel keeps scores in float32. Nothing of the size of the scores is saved: backward makes them

@@ -1,4 +1,5 @@
-// Blocks of products of bfloat16 matrices, by AMX, AVX512-BF16 or AVX512, and the layouts that they take.
+// Blocks of products of bfloat16 matrices, by AMX, AVX512-BF16, AVX512 or AVX2, and the layouts that they
+// take.
 //
 // The right factor comes in panels of 32 columns, one behind the other, each k / 2 rows of 32 pairs
 // of values that follow each other in k. Sums run over k from first to last.
@@ -8,13 +9,12 @@
 
 #include "values.h"
 
-#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && defined(__linux__)
+#if defined(FALQON_HAS_SIMD) && defined(__linux__)
 #define FALQON_HAS_BLOCKS
 
 #include <atomic>
 #include <memory>
 
-#include <immintrin.h>
 #include <omp.h>
 
 static const i64 PANEL = 32;            // columns of a panel, rows of a block, k of a tile
@@ -29,31 +29,26 @@ struct Product { const bf16* left; i64 stride; const bf16* panels; i64 k; };
 // bfloat16 values of float32 ones: `narrow`, but that processors that can do it make zero of numbers below
 // 2^-126, as they do in the products.
 #ifdef __AVX512BF16__
-static inline __m256i narrowed(__m512 x) { return __m256i(_mm512_cvtneps_pbh(x)); }
-static inline __m512i narrowed(__m512 low, __m512 high) {
-    return __m512i(_mm512_cvtne2ps_pbh(high, low));
-}
+static inline Shorts narrowed(Floats x) { return Shorts(_mm512_cvtneps_pbh(x)); }
+static inline Ints narrowed(Floats low, Floats high) { return Ints(_mm512_cvtne2ps_pbh(high, low)); }
 #else
-static inline __m256i narrowed(__m512 x) {
-    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);  // also one with a full lower half
-    return rounded(_mm512_mask_mov_ps(x, is_nan, _mm512_set1_ps(__builtin_nanf(""))));
+static inline Shorts narrowed(Floats x) {
+    return rounded(where_nan(x, splat(__builtin_nanf(""))));  // also one with a full lower half
 }
-static inline __m512i narrowed(__m512 low, __m512 high) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(narrowed(low)), narrowed(high), 1);
-}
+static inline Ints narrowed(Floats low, Floats high) { return both(narrowed(low), narrowed(high)); }
 #endif
 
 // Rows of a block's sums, rounded; with `onto` then added to that and rounded again. Rows of `to` and `onto`
 // are `stride` apart.
 static inline void write_rows(const float* sums, i64 count, bf16* to, i64 stride, const bf16* onto) {
     for (i64 i = 0; i < count; i++, sums += PANEL, to += stride) {
-        const __m512 low = _mm512_load_ps(sums), high = _mm512_load_ps(sums + 16);
+        const Floats low = load(sums), high = load(sums + 16);
         if (!onto) {
-            _mm512_storeu_si512(to, narrowed(low, high));
+            store(narrowed(low, high), to);
             continue;
         }
-        put_rounded(_mm512_add_ps(widened(narrowed(low)), widened(onto)), to);
-        put_rounded(_mm512_add_ps(widened(narrowed(high)), widened(onto + 16)), to + 16);
+        put_rounded(widened(narrowed(low)) + widened(onto), to);
+        put_rounded(widened(narrowed(high)) + widened(onto + 16), to + 16);
         onto += stride;
     }
 }
@@ -126,92 +121,93 @@ struct Sections {
     }
 };
 
-static inline void put(__m512 x, bf16* to) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrowed(x));
-}
+static inline void put(Floats x, bf16* to) { store(narrowed(x), to); }
 
-// Rows of 32-bit values become columns.
-static inline void transpose(__m512i* r) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+// E4M3 codes as bfloat16 values, 32 at a time, over a power of two.
+#ifdef __AVX512BW__
+class Decoding {  // by a table of the codes without sign
+    Ints table[4];
+public:
+    explicit Decoding(float scale) {
+        alignas(64) bf16 values[128];
+        for (int i = 0; i < 128; i++) values[i] = decoded(uint8_t(i), 1.0f / scale);
+        for (int i = 0; i < 4; i++) table[i] = load(values + 32 * i);
     }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    Ints values(Shorts bytes) const {
+        const Ints code = _mm512_cvtepu8_epi16(bytes);
+        const Ints low = _mm512_permutex2var_epi16(table[0], code, table[1]);
+        const Ints high = _mm512_permutex2var_epi16(table[2], code, table[3]);
+        const __mmask32 is_high = _mm512_test_epi16_mask(code, splat16(0x40));
+        const Ints minus = _mm512_slli_epi16(code & splat16(0x80), 8);
+        return chosen(is_high, high, low) | minus;
     }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
+};
+#else
+class Decoding {  // exponents are moved, but for subnormal numbers and NaN, and for scales that are too far off
+    float inverse;
+    bool is_near;
+    int moved;
+    __m256i subnormal;  // values of codes 0 to 7, twice
+    __m256i of(__m128i bytes) const {
+        const __m256i code = _mm256_cvtepu8_epi16(bytes), mask = _mm256_set1_epi16(0x7F);
+        const __m256i size = _mm256_and_si256(code, mask), minus = _mm256_andnot_si256(mask, code);
+        const __m256i normal = _mm256_add_epi16(_mm256_slli_epi16(size, 4), _mm256_set1_epi16(int16_t(moved)));
+        // Where the bytes of a value are: 2 size and 2 size + 1.
+        const __m256i doubled = _mm256_mullo_epi16(size, _mm256_set1_epi16(0x0202));
+        const __m256i at = _mm256_add_epi16(doubled, _mm256_set1_epi16(0x0100));
+        const __m256i small = _mm256_shuffle_epi8(subnormal, at);
+        const __m256i is_small = _mm256_cmpgt_epi16(_mm256_set1_epi16(8), size);
+        const __m256i value = _mm256_blendv_epi8(normal, small, is_small);
+        const __m256i nan = _mm256_set1_epi16(0x7FC0), is_nan = _mm256_cmpeq_epi16(size, mask);
+        return _mm256_or_si256(_mm256_blendv_epi8(value, nan, is_nan), _mm256_slli_epi16(minus, 8));
     }
-    for (int i = 0; i < 4; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
-        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD);
+public:
+    explicit Decoding(float scale) : inverse(1.0f / scale) {
+        const int exponent = int(to_bits(inverse) >> 23) - 127;
+        is_near = exponent > -100 && exponent < 100;
+        moved = (120 + exponent) << 7;
+        bf16 first[8];
+        for (int i = 0; i < 8; i++) first[i] = decoded(uint8_t(i), inverse);
+        subnormal = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(first)));
     }
-}
+    Ints values(Shorts bytes) const {
+        if (is_near)
+            return {of(_mm256_castsi256_si128(bytes)), of(_mm256_extracti128_si256(bytes, 1))};
+        uint8_t codes[32];
+        bf16 values[32];
+        store(bytes, codes);
+        for (int i = 0; i < 32; i++) values[i] = decoded(codes[i], inverse);
+        return load(values);
+    }
+};
+#endif
 
-// Two rows of 32 values as pairs, a value of each.
-static inline void pairs(__m512i a, __m512i b, __m512i* out) {
-    alignas(64) static const struct Order {
-        int16_t first[32], second[32];
-        Order() {
-            for (int16_t i = 0; i < 32; i++) {
-                first[i] = int16_t(i / 2 + i % 2 * 32);
-                second[i] = int16_t(first[i] + 16);
-            }
-        }
-    } order;
-    out[0] = _mm512_permutex2var_epi16(a, _mm512_load_si512(order.first), b);
-    out[1] = _mm512_permutex2var_epi16(a, _mm512_load_si512(order.second), b);
-}
-
-// Rows of merged codes of one layer, decoded by a table; those from `rows` on are zero. Rows that follow
-// are fetched, which may be none: processors forgive that.
+// Rows of merged codes of one layer, decoded; those from `rows` on are zero. Rows that follow are fetched,
+// which may be none: processors forgive that.
 struct Codes {
     static const i64 EARLY = 64;  // rows, where a few columns are read of each
     const uint8_t* codes;
     i64 rows, columns;
-    __m512i table[4];
+    Decoding decoding;
     Codes(const uint8_t* codes, i64 rows, i64 columns, float scale)
-        : codes(codes), rows(rows), columns(columns) {
-        alignas(64) bf16 values[128];
-        for (int i = 0; i < 128; i++) values[i] = decoded(uint8_t(i), 1.0f / scale);
-        for (int i = 0; i < 4; i++) table[i] = _mm512_load_si512(values + 32 * i);
-    }
-    __m256i bytes(i64 row, i64 column) const {
-        if (row >= rows) return _mm256_setzero_si256();
-        const uint8_t* at = codes + row * columns + column;
-        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-    }
-    __m512i values(__m256i bytes) const {
-        __m512i code = _mm512_cvtepu8_epi16(bytes), sign = _mm512_set1_epi16(0x80);
-        __m512i low = _mm512_permutex2var_epi16(table[0], code, table[1]);
-        __m512i high = _mm512_permutex2var_epi16(table[2], code, table[3]);
-        __mmask32 is_high = _mm512_test_epi16_mask(code, _mm512_set1_epi16(0x40));
-        __m512i minus = _mm512_slli_epi16(_mm512_and_si512(code, sign), 8);
-        return _mm512_or_si512(_mm512_mask_blend_epi16(is_high, low, high), minus);
+        : codes(codes), rows(rows), columns(columns), decoding(scale) {}
+    Shorts bytes(i64 row, i64 column) const {
+        return row < rows ? load_shorts(codes + row * columns + column) : _mm256_setzero_si256();
     }
     void fetch(i64 row, i64 column) const {
         _mm_prefetch(reinterpret_cast<const char*>(codes + row * columns + column), _MM_HINT_T0);
     }
-    __m512i load(i64 row, i64 column) const {
+    Ints load(i64 row, i64 column) const {
         fetch(row + PANEL, column);
-        return values(bytes(row, column));
+        return decoding.values(bytes(row, column));
     }
-    void load_pairs(i64 row, i64 column, __m512i* out) const {
+    void load_pairs(i64 row, i64 column, Ints* out) const {
         fetch(row + EARLY, column);
         fetch(row + EARLY + 1, column);
-        __m256i a = bytes(row, column), b = bytes(row + 1, column);
-        __m256i low = _mm256_unpacklo_epi8(a, b), high = _mm256_unpackhi_epi8(a, b);
-        out[0] = values(_mm256_permute2x128_si256(low, high, 0x20));
-        out[1] = values(_mm256_permute2x128_si256(low, high, 0x31));
+        const Shorts a = bytes(row, column), b = bytes(row + 1, column);
+        const Shorts low = _mm256_unpacklo_epi8(a, b), high = _mm256_unpackhi_epi8(a, b);
+        out[0] = decoding.values(_mm256_permute2x128_si256(low, high, 0x20));
+        out[1] = decoding.values(_mm256_permute2x128_si256(low, high, 0x31));
     }
 };
 
@@ -220,15 +216,13 @@ struct Proxy {
     const float* at;
     i64 rank;
     float factor;
-    __m512 half(i64 row, i64 column) const {
-        i64 there = most(0, least(16, rank - column));
-        __m512 x = _mm512_maskz_loadu_ps(__mmask16((1u << there) - 1u), at + row * rank + column);
-        return _mm512_mul_ps(x, _mm512_set1_ps(factor));
+    Floats half(i64 row, i64 column) const {
+        return load_first(at + row * rank + column, rank - column) * splat(factor);
     }
-    __m512i load(i64 row, i64 column) const {
+    Ints load(i64 row, i64 column) const {
         return narrowed(half(row, column), half(row, column + 16));
     }
-    void load_pairs(i64 row, i64 column, __m512i* out) const {
+    void load_pairs(i64 row, i64 column, Ints* out) const {
         pairs(load(row, column), load(row + 1, column), out);
     }
 };
@@ -238,13 +232,10 @@ struct Proxy {
 struct Plain {
     const bf16* at;
     i64 stride, rows, columns, early = 0;
-    __m512i load(i64 row, i64 column) const {
-        if (row >= rows || column >= columns) return _mm512_setzero_si512();
-        i64 there = least(PANEL, columns - column);
-        __mmask32 mask = __mmask32((uint64_t(1) << there) - 1u);
-        return _mm512_maskz_loadu_epi16(mask, at + row * stride + column);
+    Ints load(i64 row, i64 column) const {
+        return row < rows ? load_first16(at + row * stride + column, columns - column) : splat32(0);
     }
-    void load_pairs(i64 row, i64 column, __m512i* out) const {
+    void load_pairs(i64 row, i64 column, Ints* out) const {
         for (i64 i = 0; early && i < 2; i++) {
             const bf16* next = at + (row + early + i) * stride + column;
             _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T0);
@@ -258,11 +249,11 @@ template <class Source>
 static inline void pack_rows(const Source& source, i64 row, i64 k, bf16* panel) {
     for (i64 column = 0; column < k; column += PANEL)
         for (i64 half = 0; half < 2; half++) {
-            __m512i r[16];
+            Ints r[16];
             for (i64 i = 0; i < 16; i++) r[i] = source.load(row + half * 16 + i, column);
             transpose(r);
             bf16* to = panel + column * PANEL + half * PANEL;
-            for (i64 i = 0; i < 16; i++) _mm512_store_si512(to + i * 2 * PANEL, r[i]);
+            for (i64 i = 0; i < 16; i++) store(r[i], to + i * 2 * PANEL);
         }
 }
 
@@ -273,11 +264,11 @@ static inline void pack_columns(const Source& source, i64 column, i64 k, bf16* p
                                 i64 panels = 1, i64 apart = 0) {
     for (i64 row = 0; row < k; row += 2, panel += 2 * PANEL)
         for (i64 p = 0; p < panels; p++) {
-            __m512i two[2];
+            Ints two[2];
             source.load_pairs(row, column + p * PANEL, two);
             bf16* to = panel + p * most(k, apart) * PANEL;
-            _mm512_store_si512(to, two[0]);
-            _mm512_store_si512(to + PANEL, two[1]);
+            store(two[0], to);
+            store(two[1], to + PANEL);
         }
 }
 
@@ -285,13 +276,13 @@ static inline void pack_columns(const Source& source, i64 column, i64 k, bf16* p
 static inline void transpose_columns(const Plain& source, i64 column, i64 k, bf16* out,
                                      i64 stride) {
     for (i64 row = 0; row < k; row += PANEL) {
-        __m512i r[16], two[2];
+        Ints r[16], two[2];
         for (i64 i = 0; i < 16; i++) {
             source.load_pairs(row + 2 * i, column, two);
             r[i] = two[0];
         }
         transpose(r);
-        for (i64 i = 0; i < 16; i++) _mm512_store_si512(out + i * stride + row, r[i]);
+        for (i64 i = 0; i < 16; i++) store(r[i], out + i * stride + row);
     }
 }
 

@@ -1,4 +1,5 @@
-// A decoder layer of the Llama family in one call a direction: what its modules do, in their order, with memory that is laid out once.
+// A decoder layer of the Llama family in one call a direction: what its modules do, in their order, with
+// memory that is laid out once.
 
 #include "blocks.h"
 #include "functions.h"

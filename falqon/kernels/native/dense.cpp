@@ -111,7 +111,7 @@ void falqon_dense_grad(const bf16* grad, i64 tokens, i64 out, const bf16* weight
         }
         for (i64 m = 0; m < tokens; m++)
             for (i64 n = 0; n < wide; n += 16)
-                put(_mm512_load_ps(sums + m * wide + n), result + m * in + p0 * PANEL + n);
+                put(load(sums + m * wide + n), result + m * in + p0 * PANEL + n);
     }
 }
 }

@@ -12,14 +12,14 @@
 static const i64 TOGETHER = 6;  // panels of gradients that are read at a time, at most
 static const i64 DEEP = 512;    // and tokens
 static const i64 EARLY = 16;    // rows that they are fetched ahead
-static const i64 DUE = 256;     // so many tokens or more are added to gradients of B at a time, but for the last
+static const i64 DUE = 256;     // so many tokens or more are added to gradients of B at a time but for the last
 
 static i64 parts_of(i64 all, i64 at_a_time) { return (all + at_a_time - 1) / at_a_time; }
 
 extern "C" {
 
 // What products are computed by: 1, AMX, if the system lets this process use it; 2, AVX512-BF16; 3, AVX512;
-// 0, nothing here.
+// 4, AVX2; 0, nothing here.
 i64 falqon_unit() { return unit_is_allowed() ? UNIT : 0; }
 
 // How many 16-bit values the `work` of products has to have room for.
@@ -290,16 +290,13 @@ void multiply_back(i64 layers, const Gradients& grads, i64 tokens, i64 in, const
                     const i64 n = begin + p * PANEL;
                     for (i64 quarter = 0; quarter < 4; quarter++) {
                         i64 down = quarter / 2 * 16, across = quarter % 2 * 16;
-                        i64 there = most(0, least(16, rank - r - down));
-                        __m512i t[16];
-                        for (i64 i = 0; i < 16; i++)
-                            t[i] = _mm512_load_si512(from + (down + i) * PANEL + across);
+                        Ints t[16];
+                        for (i64 i = 0; i < 16; i++) t[i] = bits_of(load(from + (down + i) * PANEL + across));
                         transpose(t);
                         for (i64 i = 0; i < 16; i++) {
-                            __m512 value = widened(narrowed(_mm512_castsi512_ps(t[i])));
+                            const Floats value = widened(narrowed(floats_of(t[i]))) * splat(factors[l]);
                             float* to = grad_proxies[l] + (n + across + i) * rank + r + down;
-                            _mm512_mask_storeu_ps(to, __mmask16((1u << there) - 1u),
-                                                  _mm512_mul_ps(value, _mm512_set1_ps(factors[l])));
+                            store_first(value, to, rank - r - down);
                         }
                     }
                     from += PANEL * PANEL;

@@ -72,18 +72,16 @@ void falqon_rms_norm_grad(const bf16* grad, const bf16* x, const bf16* weight,
         for (i64 i = 0; i < n; i++) sum += widen(g[i]) * widen(weight[i]) * widen(from[i]);
         float along = sum / float(n) * (inverse * inverse);
         i64 i = 0;
-#ifdef __AVX512BW__
-        const __m512 by = _mm512_set1_ps(along), over = _mm512_set1_ps(inverse);
-        const auto gradient = [&](__m512 g, __m512 w, __m512 x) {
-            return _mm512_mul_ps(_mm512_sub_ps(_mm512_mul_ps(g, w), _mm512_mul_ps(x, by)), over);
-        };
+#ifdef FALQON_HAS_SIMD
+        const Floats by = splat(along), over = splat(inverse);
+        const auto gradient = [&](Floats g, Floats w, Floats x) { return (g * w - x * by) * over; };
         for (; i + 32 <= n; i += 32) {
             const Halves of(g + i), w(weight + i), x(from + i);
             Halves out(gradient(of.even, w.even, x.even), gradient(of.odd, w.odd, x.odd));
             if (onto) {
                 const Halves there(more + i);
-                out.even = _mm512_add_ps(rounded_wide(out.even), there.even);
-                out.odd = _mm512_add_ps(rounded_wide(out.odd), there.odd);
+                out.even = rounded_wide(out.even) + there.even;
+                out.odd = rounded_wide(out.odd) + there.odd;
             }
             out.put(to + i);
         }
@@ -126,15 +124,15 @@ void falqon_cross_entropy(bf16* logits, const i64* targets, i64 rows, i64 n, flo
         for (i64 start = 0; start < n; start += 1024) {
             i64 end = start + 1024 < n ? start + 1024 : n, i = start;
             float part = 0.0f;
-#ifdef __AVX512BW__
-            __m512 of_lanes = _mm512_setzero_ps();
-            const __m512 shift = _mm512_set1_ps(largest);
+#ifdef FALQON_HAS_SIMD
+            Floats of_lanes = splat(0.0f);
+            const Floats shift = splat(largest);
             for (; i + 16 <= end; i += 16) {
-                const __m512 e = exponentials(_mm512_sub_ps(widened(row + i), shift));
-                of_lanes = _mm512_add_ps(of_lanes, e);
+                const Floats e = exponentials(widened(row + i) - shift);
+                of_lanes = of_lanes + e;
                 if (sums) put_rounded(e, row + i);
             }
-            part = _mm512_reduce_add_ps(of_lanes);
+            part = sum_in(of_lanes);
 #endif
 #pragma omp simd reduction(+ : part)
             for (i64 k = i; k < end; k++) {

@@ -1,6 +1,6 @@
 """Typed wrappers of the C++ that multiplies: melded layers, an output embedding, and attention.
 
-One call a direction, for processors with AMX, AVX512-BF16 or other AVX512. Sums run over
+One call a direction, for processors with AMX, AVX512-BF16, other AVX512 or AVX2. Sums run over
 the inner dimension from first to last in float32, whatever the number of threads: the bits of
 torch's products. A pending change is the first part of a sum, and is not rounded before the rest is
 added; torch rounds it by itself. All tensors are on the CPU, 16-bit ones are bfloat16.
@@ -31,7 +31,7 @@ def present() -> bool:
 
 
 def unit() -> str | None:
-    """What products are computed by: AMX, AVX512-BF16 or AVX512.
+    """What products are computed by: AMX, AVX512-BF16, AVX512 or AVX2.
 
     None if the processor has none, or system, compiler or `FALQON_NATIVE` do not let it be used.
     The system has to be asked for AMX, which this does.
@@ -45,7 +45,7 @@ def _unit() -> str | None:
     if found is None:
         return None
     found.falqon_unit.restype = _INT
-    return (None, "AMX", "AVX512-BF16", "AVX512")[found.falqon_unit()]
+    return (None, "AMX", "AVX512-BF16", "AVX512", "AVX2")[found.falqon_unit()]
 
 
 def takes(codes: Sequence[Tensor], tokens: int, rank: int) -> bool:

@@ -65,12 +65,12 @@ inline float plus_product(float sum, float x, float y) {
 
 // A row of `rank` values times a strip of A, summed from first to last.
 void multiply(const float* row, i64 rank, const float* adapter, float* out) {
-#ifdef __AVX512BW__
-    __m512 sums[STRIP / 16] = {};
+#ifdef FALQON_HAS_SIMD
+    Floats sums[STRIP / 16];
+    for (Floats& sum : sums) sum = splat(0.0f);
     for (i64 j = 0; j < rank; j++) {
-        const __m512 x = _mm512_set1_ps(row[j]);
-        for (i64 c = 0; c < STRIP / 16; c++)
-            sums[c] = _mm512_fmadd_ps(x, _mm512_loadu_ps(adapter + j * STRIP + 16 * c), sums[c]);
+        const Floats x = splat(row[j]);
+        for (i64 c = 0; c < STRIP / 16; c++) sums[c] = fma(x, load(adapter + j * STRIP + 16 * c), sums[c]);
     }
 #else
     float sums[STRIP] = {};

@@ -63,13 +63,11 @@ static inline void norm_row(const bf16* x, const bf16* weight, float inverse_rms
     if (quantised) quantize_row(out, n, E4M3);
 }
 
-#ifdef __AVX512BW__
+#ifdef FALQON_HAS_SIMD
 // What a table has for 32 values.
 static inline Halves looked_up(const float* of, const bf16* x) {
-    const __m512i bits = _mm512_loadu_si512(x);
-    const __m512i even = _mm512_and_si512(bits, _mm512_set1_epi32(0xFFFF));
-    return Halves(_mm512_i32gather_ps(even, of, 4),
-                  _mm512_i32gather_ps(_mm512_srli_epi32(bits, 16), of, 4));
+    const Ints bits = load(x);
+    return Halves(gathered(of, bits & splat32(0xFFFF)), gathered(of, down32<16>(bits)));
 }
 #endif
 
@@ -77,10 +75,10 @@ static inline Halves looked_up(const float* of, const bf16* x) {
 static inline void swiglu_row(const bf16* gate, const bf16* up, i64 n, bool quantised, bf16* out) {
     const float* of = silu().of;
     i64 i = 0;
-#ifdef __AVX512BW__
+#ifdef FALQON_HAS_SIMD
     for (; i + 32 <= n; i += 32) {
         const Halves x = looked_up(of, gate + i), by(up + i);
-        Halves(_mm512_mul_ps(x.even, by.even), _mm512_mul_ps(x.odd, by.odd)).put(out + i);
+        Halves(x.even * by.even, x.odd * by.odd).put(out + i);
     }
 #endif
 #pragma omp simd
@@ -88,15 +86,13 @@ static inline void swiglu_row(const bf16* gate, const bf16* up, i64 n, bool quan
     if (quantised) quantize_row(out, n, E4M3);
 }
 
-#ifdef __AVX512BW__
+#ifdef FALQON_HAS_SIMD
 // Gradients of silu(gate) * up, 16 at a time, before they are rounded; s is sigmoid(gate).
-static inline void swiglu_grads(__m512 grad, __m512 gate, __m512 up, __m512 s, __m512* d_gate,
-                                __m512* d_up) {
-    const __m512 one = _mm512_set1_ps(1.0f);
-    const __m512 slope = _mm512_add_ps(one, _mm512_mul_ps(gate, _mm512_sub_ps(one, s)));
-    const __m512 along = rounded_wide(_mm512_mul_ps(grad, up));
-    *d_gate = _mm512_mul_ps(_mm512_mul_ps(along, s), slope);
-    *d_up = _mm512_mul_ps(grad, rounded_wide(_mm512_mul_ps(gate, s)));
+static inline void swiglu_grads(Floats grad, Floats gate, Floats up, Floats s, Floats* d_gate,
+                                Floats* d_up) {
+    const Floats one = splat(1.0f), slope = one + gate * (one - s);
+    *d_gate = rounded_wide(grad * up) * s * slope;
+    *d_up = grad * rounded_wide(gate * s);
 }
 #endif
 
@@ -105,11 +101,11 @@ static inline void swiglu_grad_row(const bf16* grad, const bf16* gate, const bf1
                                    bf16* d_gate, bf16* d_up) {
     const float* sigmoid = silu().sigmoid;
     i64 i = 0;
-#ifdef __AVX512BW__
+#ifdef FALQON_HAS_SIMD
     for (; i + 32 <= n; i += 32) {
         const Halves g(grad + i), x(gate + i), u(up + i);
         const Halves s = looked_up(sigmoid, gate + i);
-        __m512 gates[2], ups[2];
+        Floats gates[2], ups[2];
         swiglu_grads(g.even, x.even, u.even, s.even, gates, ups);
         swiglu_grads(g.odd, x.odd, u.odd, s.odd, gates + 1, ups + 1);
         Halves(gates[0], gates[1]).put(d_gate + i);

@@ -8,9 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX512BW__
-#include <immintrin.h>
-#endif
+#include "simd.h"
 
 typedef uint16_t bf16;
 typedef int64_t i64;
@@ -44,66 +42,50 @@ static inline float exponential(float x) {
     return x > 88.722f ? __builtin_inff() : y;
 }
 
-#ifdef __AVX512BW__
+#ifdef FALQON_HAS_SIMD
 // 16 values at a time: widen(), narrow() and exponential().
-static inline __m512 widened(__m256i x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-}
-static inline __m512 widened(const bf16* x) {
-    return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-}
+static inline Floats widened(Shorts x) { return floats_of(up32<16>(widen32(x))); }
+static inline Floats widened(const bf16* x) { return widened(load_shorts(x)); }
 
 // The 16 upper bits of each are those of narrow().
-static inline __m512i rounding(__m512 x) {
-    __m512i bits = _mm512_castps_si512(x), half = _mm512_set1_epi32(0x7FFF);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(bits, _mm512_add_epi32(odd, half));
+static inline Ints rounding(Floats x) {
+    const Ints bits = bits_of(x), odd = down32<16>(bits) & splat32(1);
+    return add32(bits, add32(odd, splat32(0x7FFF)));
 }
-static inline __m256i rounded(__m512 x) {
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounding(x), 16));
-}
+static inline Shorts rounded(Floats x) { return lower16(down32<16>(rounding(x))); }
 
-static inline __m512 upper(__m512i x) {
-    return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xFFFF0000u))));
-}
+static inline Floats upper(Ints x) { return floats_of(x & splat32(int(0xFFFF0000u))); }
 // The same, still as float32.
-static inline __m512 rounded_wide(__m512 x) { return upper(rounding(x)); }
+static inline Floats rounded_wide(Floats x) { return upper(rounding(x)); }
 
-// 32 values at a time, those with even numbers in one register and the others in another: widened, and
+// 32 values at a time, those with even numbers in one vector and the others in another: widened, and
 // narrowed again.
 struct Halves {
-    __m512 even, odd;
-    Halves(__m512 even, __m512 odd) : even(even), odd(odd) {}
+    Floats even, odd;
+    Halves(Floats even, Floats odd) : even(even), odd(odd) {}
     explicit Halves(const bf16* x) {
-        const __m512i bits = _mm512_loadu_si512(x);
-        even = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), odd = upper(bits);
+        const Ints bits = load(x);
+        even = floats_of(up32<16>(bits)), odd = upper(bits);
     }
-    void put(bf16* to) const {
-        const __m512i low = _mm512_srli_epi32(rounding(even), 16);
-        _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xAAAAAAAAu, low, rounding(odd)));
-    }
+    void put(bf16* to) const { store(halves_of(down32<16>(rounding(even)), rounding(odd)), to); }
 };
 
-static inline void put_rounded(__m512 x, bf16* to) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded(x));
-}
+static inline void put_rounded(Floats x, bf16* to) { store(rounded(x), to); }
 
-static inline __m512 exponentials(__m512 x) {
-    // NaN, the second operand, stays NaN; from 88.73 up the last step overflows to infinity.
-    const __mmask16 there = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.33654f), _CMP_NLT_UQ);
-    x = _mm512_min_ps(_mm512_set1_ps(89.0f), x);
-    x = _mm512_max_ps(_mm512_set1_ps(-87.33654f), x);
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
-    __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693359375f), x);
-    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return _mm512_maskz_scalef_ps(there, p, n);
+static inline Floats exponentials(const Floats of) {
+    const float least = -87.33654f;
+    const Floats x = limited(of, least, 89.0f);  // from 88.73 up the last step overflows to infinity
+    const Floats n = nearest(x * splat(1.44269504088896341f));
+    Floats r = fma(n, splat(-0.693359375f), x);
+    r = fma(n, splat(2.12194440e-4f), r);
+    Floats p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p, r * r, r + splat(1.0f));
+    return zero_where_below(scaled(p, n), of, splat(least));
 }
 #endif
 
@@ -169,14 +151,12 @@ static inline float scale_of(uint32_t largest, float max) {
 static inline uint32_t largest_of(const bf16* x, i64 n) {
     uint32_t largest = 0;
     i64 i = 0;
-#ifdef __AVX512BW__
-    __m512i most = _mm512_setzero_si512();
-    for (; i + 32 <= n; i += 32) {
-        __m512i size = _mm512_and_si512(_mm512_loadu_si512(x + i), _mm512_set1_epi16(0x7FFF));
-        most = _mm512_max_epu16(most, size);
-    }
-    most = _mm512_max_epu16(most, _mm512_srli_epi32(most, 16));
-    largest = uint32_t(_mm512_reduce_max_epi32(_mm512_and_si512(most, _mm512_set1_epi32(0xFFFF))));
+#ifdef FALQON_HAS_SIMD
+    Ints most = splat32(0);
+    for (; i + 32 <= n; i += 32) most = larger16(most, load(x + i) & splat16(0x7FFF));
+    bf16 sizes[32];
+    store(most, sizes);
+    for (bf16 size : sizes) largest = size > largest ? size : largest;
 #endif
     for (; i < n; i++) {
         uint32_t size = x[i] & 0x7FFFu;
@@ -196,51 +176,39 @@ static inline void round_row_simply(const bf16* x, i64 n, float scale, float fac
     }
 }
 
-#ifdef __AVX512BW__
+#ifdef FALQON_HAS_SIMD
 // The same in 16-bit integers, 32 at a time: scales are powers of two, so a mantissa is rounded
 // alike whatever they are; what is subnormal in FP8 is rounded in float32. Scales and largest value
 // are far from what bfloat16 cannot hold.
 static inline void round_row_fast(const bf16* x, i64 n, float scale, const Format f, bf16* to) {
     const float inverse = 1.0f / scale;
     const int dropped = f.dropped - 16;
-    const __m512i size = _mm512_set1_epi16(0x7FFF), one = _mm512_set1_epi16(1);
-    const __m512i half = _mm512_set1_epi16(int16_t((1 << (dropped - 1)) - 1));
-    const __m512i kept = _mm512_set1_epi16(int16_t(-(1 << dropped)));
-    const __m512i limit = _mm512_set1_epi16(int16_t(to_bits(f.max * inverse) >> 16));
-    const __m512i below = _mm512_set1_epi16(int16_t((to_bits(f.smallest * inverse) >> 16) - 1));
-    const __m512i infinity = _mm512_set1_epi16(0x7F80), nan = _mm512_set1_epi16(0x7FC0);
-    const __m512 scales = _mm512_set1_ps(scale), inverses = _mm512_set1_ps(inverse);
-    const __m512 magic = _mm512_set1_ps(f.step_magic);
+    const Ints size = splat16(0x7FFF), one = splat16(1);
+    const Ints half = splat16((1 << (dropped - 1)) - 1), kept = splat16(-(1 << dropped));
+    const Ints limit = splat16(int(to_bits(f.max * inverse) >> 16));
+    const Ints below = splat16(int(to_bits(f.smallest * inverse) >> 16) - 1);
+    const Ints infinity = splat16(0x7F80), nan = splat16(0x7FC0);
+    const Floats scales = splat(scale), inverses = splat(inverse), magic = splat(f.step_magic);
+    const auto whole_steps = [&](Shorts part) {
+        const Floats v = widened(part) * scales;
+        return lower16(down32<16>(bits_of(((v + magic) - magic) * inverses)));
+    };
     for (i64 i = 0; i < n; i += 32) {
-        const __mmask32 there = n - i < 32 ? (1u << (n - i)) - 1u : ~0u;
-        const __m512i bits = _mm512_maskz_loadu_epi16(there, x + i), m = _mm512_and_si512(bits, size);
-        const __m512i y = _mm512_min_epu16(m, limit);
-        const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(y, unsigned(dropped)), one);
-        __m512i r = _mm512_and_si512(_mm512_add_epi16(_mm512_add_epi16(y, half), odd), kept);
+        const Ints bits = load_first16(x + i, n - i), m = bits & size;
+        const Ints y = smaller16(m, limit), odd = down16(y, dropped) & one;
+        Ints r = add16(add16(y, half), odd) & kept;
         // Not zero, and below the smallest normal number.
-        const __mmask32 small = _mm512_cmplt_epu16_mask(_mm512_sub_epi16(m, one), below);
-        if (small) {
-            __m256i parts[2];
-            for (int k = 0; k < 2; k++) {
-                __m256i part = k ? _mm512_extracti64x4_epi64(m, 1) : _mm512_castsi512_si256(m);
-                __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16);
-                __m512 v = _mm512_mul_ps(_mm512_castsi512_ps(wide), scales);
-                v = _mm512_mul_ps(_mm512_sub_ps(_mm512_add_ps(v, magic), magic), inverses);
-                parts[k] = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16));
-            }
-            __m512i rounded = _mm512_inserti64x4(_mm512_castsi256_si512(parts[0]), parts[1], 1);
-            r = _mm512_mask_mov_epi16(r, small, rounded);
-        }
-        r = _mm512_mask_mov_epi16(r, _mm512_cmpgt_epu16_mask(m, infinity), nan);
-        r = _mm512_or_si512(r, _mm512_andnot_si512(size, bits));
-        _mm512_mask_storeu_epi16(to + i, there, r);
+        const Which small = below16(sub16(m, one), below);
+        if (any(small)) r = chosen(small, both(whole_steps(lower_half(m)), whole_steps(upper_half(m))), r);
+        r = chosen(below16(infinity, m), nan, r);
+        store_first16(r | without(bits, size), to + i, n - i);
     }
 }
 #endif
 
 static inline void round_row(const bf16* x, i64 n, float scale, float factor, const Format f,
                              bf16* to) {
-#ifdef __AVX512BW__
+#ifdef FALQON_HAS_SIMD
     const float most = 1.2676506e30f, both = scale * factor;  // 2^100
     if (both < most && both > 1.0f / most && factor < most && factor > 1.0f / most &&
         scale < most && scale > 1.0f / most) {
@@ -301,16 +269,16 @@ static inline void quantize_parts(i64 parts, const bf16* const* x, const i64* wi
 template <bool back>
 static inline void rotate(const bf16* from, const bf16* cos, const bf16* sin, i64 d, bf16* to) {
     i64 half = d / 2, i = 0;
-#ifdef __AVX512BW__
+#ifdef FALQON_HAS_SIMD
     for (; i + 16 <= half; i += 16) {
-        __m512 low = widened(from + i), high = widened(from + half + i);
-        __m512 first = widened(sin + i), second = widened(sin + half + i);
-        __m512 onto_low = rounded_wide(_mm512_mul_ps(high, back ? second : first));
-        __m512 onto_high = rounded_wide(_mm512_mul_ps(low, back ? first : second));
-        low = rounded_wide(_mm512_mul_ps(low, widened(cos + i)));
-        high = rounded_wide(_mm512_mul_ps(high, widened(cos + half + i)));
-        put_rounded(back ? _mm512_add_ps(low, onto_low) : _mm512_sub_ps(low, onto_low), to + i);
-        put_rounded(back ? _mm512_sub_ps(high, onto_high) : _mm512_add_ps(high, onto_high),
+        Floats low = widened(from + i), high = widened(from + half + i);
+        Floats first = widened(sin + i), second = widened(sin + half + i);
+        Floats onto_low = rounded_wide(high * (back ? second : first));
+        Floats onto_high = rounded_wide(low * (back ? first : second));
+        low = rounded_wide(low * widened(cos + i));
+        high = rounded_wide(high * widened(cos + half + i));
+        put_rounded(back ? low + onto_low : low - onto_low, to + i);
+        put_rounded(back ? high - onto_high : high + onto_high,
                     to + half + i);
     }
 #endif
