@@ -8,12 +8,14 @@ and trains in a process of its own by `train.py fit`, one after the other. `--tu
 memory and lets them do a step each in turn: on a machine whose speed changes from one minute to the
 next, as a shared one's does, only steps that follow each other compare. `--turns 4` lets them do
 four, of which the first, before which others did theirs, does not count in the times of a step;
-what is compared then lies further apart. `qlora:padded` is QLoRA with padded batches where the
-others have packed ones (`--packing`), `qlora:compiled` with compiled layers. The first round trains
-for all steps and validates; further rounds train a few steps again, all methods in turn, so that a
-noisy machine hits all alike. A method that does not train is not reported: every parameter that it
-says it trains must get a gradient that is not zero, what it changes must have changed, and the
-held-out loss must fall.
+what is compared then lies further apart. `--floor`, on a CPU, measures a large matmul beside every
+step; what the step's matmuls (without attention's) would take at its rate is the floor, and the
+column "of floor" the share of a step that it is. `qlora:padded` is QLoRA with padded batches where
+the others have packed ones (`--packing`), `qlora:compiled` with compiled layers. The first round
+trains for all steps and validates; further rounds train a few steps again, all methods in turn, so
+that a noisy machine hits all alike. A method that does not train is not reported: every parameter
+that it says it trains must get a gradient that is not zero, what it changes must have changed, and
+the held-out loss must fall.
 
 Written to the output directory: `compare.csv`, `compare.json` (hardware, versions, settings, every
 step), `step_time.png`, `loss.png`, `breakdown.png`.
@@ -104,7 +106,7 @@ def base_config(
     """
     full = number == 0
     steps = args.steps if full else args.warmup + args.timed_steps
-    probe: dict[str, Any] = {"warmup": args.warmup}
+    probe: dict[str, Any] = {"warmup": args.warmup, "floor": args.floor}
     if turns is not None:
         probe |= {"turns": turns.of_worker, "steps_a_turn": args.turns}
     if args.repeats == 1:  # slows nothing that is timed
@@ -284,6 +286,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     It is written after every round, with what there is by then.
     """
     overlays = find_overlays(args.methods, args.packing)
+    if args.floor and args.accelerator != "cpu" and torch.accelerator.is_available():
+        raise InputError("--floor measures the CPU's matmuls: add --accelerator cpu, or leave it.")
     timed = range(args.warmup, args.steps)
     if not any(step % args.turns for step in timed) if args.turns > 1 else not timed:
         turns = f" and the first of each {args.turns} (--turns)" if args.turns > 1 else ""
@@ -351,6 +355,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--floor", action="store_true", help="how near steps are to their matmuls")
     parser.add_argument("--paper", action="store_true", help="print the paper's numbers beside")
     args = parser.parse_args(argv)
     for name in (

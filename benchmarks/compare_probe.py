@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from benchmarks.compare_breakdown import breakdown
 from benchmarks.compare_turns import wait_for_turn
 from falqon.callbacks.report import peak_memory
 from falqon.callbacks.throughput import count_tokens
+from falqon.callbacks.utilisation import count_flops, count_supervised
+from falqon.kernels.wide import product
 from lit_modules.methods import Method
 
 _CLEAR = Path("/proc/self/clear_refs")
@@ -30,6 +33,8 @@ class Probe(Callback):
         profile_steps: How many are. Several, since methods do not do the same in every step.
         turns: Wait for a turn before a step: see `benchmarks.compare_turns`.
         steps_a_turn: Before every so many-th step.
+        floor: Before and after each step look how fast a large matmul is, to tell how much of a
+            step its own matmuls would take at that rate.
     """
 
     def __init__(
@@ -39,10 +44,12 @@ class Probe(Callback):
         profile_steps: int = 1,
         turns: tuple[int, int] | None = None,
         steps_a_turn: int = 1,
+        floor: bool = False,
     ) -> None:
         self.warmup = warmup
         self.turns = turns
         self.steps_a_turn = steps_a_turn
+        self.floor = floor
         self.profiled = range(0)
         if profile_from is not None:
             self.profiled = range(profile_from, profile_from + profile_steps)
@@ -56,6 +63,7 @@ class Probe(Callback):
         self._start = 0.0
         self._end: float | None = None
         self._between: float | None = None
+        self._rate = 0.0
         self._profile: profile | None = None
 
     # -- what trains --------------------------------------------------------------------------
@@ -96,6 +104,8 @@ class Probe(Callback):
         if step in self.profiled and self._profile is None:
             self._profile = profile(activities=_activities(), acc_events=True)
             self._profile.start()
+        if self.floor:
+            self._rate = rate_of_large_matmul()
         if step >= self.warmup:
             reset_peak_rss()
         _wait(trainer)
@@ -114,6 +124,10 @@ class Probe(Callback):
             self._profile = None
         if step >= self.warmup and step not in self.profiled:
             self.peak_rss = max(self.peak_rss, peak_rss())
+        of_floor = None
+        if self.floor:
+            rate = (self._rate + rate_of_large_matmul()) / 2
+            of_floor = flops_of(pl_module, batch) / rate / seconds
         self.steps.append(
             {
                 "start": self._start,
@@ -124,6 +138,7 @@ class Probe(Callback):
                 "profiled": step in self.profiled,
                 "after_others": self.turns is not None and step % self.steps_a_turn == 0,
                 "between": self._between,
+                "of_floor": of_floor,
             }
         )
         self._end = time.perf_counter()
@@ -141,6 +156,28 @@ class Probe(Callback):
                     "loss": float(loss),
                 }
             )
+
+
+@lru_cache(maxsize=1)
+def _square(size: int) -> Tensor:
+    """Values as different as real ones: with equal ones a processor runs faster."""
+    return (torch.arange(size * size) % 2001 / 1000 - 1).reshape(size, size).to(torch.bfloat16)
+
+
+def rate_of_large_matmul(size: int = 2048) -> float:
+    """FLOP/s of torch's bfloat16 matmul on the CPU; in float32 if it has none in 16 bits."""
+    x = _square(size)
+    start = time.perf_counter()
+    for _ in range(2):
+        product(x, x)
+    return 2 * 2 * size**3 / (time.perf_counter() - start)
+
+
+def flops_of(module: nn.Module, batch: dict[str, Tensor]) -> float:
+    """FLOPs of a step's matmuls, without attention's: see `falqon.callbacks.utilisation`."""
+    each = count_flops(module)
+    tokens, supervised = batch["input_ids"].numel(), int(count_supervised(batch))
+    return float((each.fp8 + each.other) * tokens + each.supervised * supervised)
 
 
 def parts_of(module: LightningModule) -> tuple[Method, nn.Module]:

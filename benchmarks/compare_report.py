@@ -21,7 +21,7 @@ Rounds = dict[str, list[dict[str, Any]]]
 
 COLUMNS = (
     "method", "step_s", "step_p20_s", "step_p80_s", "tokens_per_s", "between_s",
-    "end_to_end_tokens_per_s", "speed_to_qlora", "speed_to_lora", "peak_rss_bytes",
+    "end_to_end_tokens_per_s", "speed_to_qlora", "speed_to_lora", "of_floor", "peak_rss_bytes",
     "device_bytes", "trainable_parameters", "checkpoint_bytes", "val_loss_start", "val_loss",
     "val_loss_equal_time", "equal_time_s", "training_s", "tokens_per_step", "padding_share",
     "timed_steps", "lr",
@@ -111,6 +111,7 @@ def rows(rounds: Rounds, args: argparse.Namespace) -> list[Row]:
         points = curve(full)
         waits = [entry["between"] for entry in own.values() if entry.get("between") is not None]
         between = statistics.fmean(waits) if waits else 0.0
+        shares = [entry["of_floor"] for entry in own.values() if entry.get("of_floor") is not None]
         row = {
             "method": name,
             "step_s": statistics.median(seconds),
@@ -121,6 +122,7 @@ def rows(rounds: Rounds, args: argparse.Namespace) -> list[Row]:
             "end_to_end_tokens_per_s": rate(own, between),
             "speed_to_qlora": None if qlora is None else speed_to(own, qlora),
             "speed_to_lora": None if lora is None else speed_to(own, lora),
+            "of_floor": statistics.median(shares) if shares else None,
             "peak_rss_bytes": max(result["peak_rss_bytes"] for result in results),
             "device_bytes": full["device_bytes"],
             "trainable_parameters": full["trainable"],
@@ -156,6 +158,7 @@ _SHOWN: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("end to end", "end_to_end_tokens_per_s", lambda x: f"{x:,.0f}"),
     ("x QLoRA", "speed_to_qlora", lambda x: f"{x:.2f}"),
     ("x LoRA", "speed_to_lora", lambda x: f"{x:.2f}"),
+    ("of floor", "of_floor", lambda x: f"{x:.2f}"),
     ("RSS GiB", "peak_rss_bytes", lambda x: f"{x / 2**30:.2f}"),
     ("GPU GiB", "device_bytes", lambda x: f"{x / 2**30:.2f}"),
     ("trained", "trainable_parameters", lambda x: f"{x:,}"),

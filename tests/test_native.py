@@ -260,6 +260,21 @@ def test_cross_entropy(classes: int) -> None:
 
 
 @needs_compiler
+def test_exponentials_at_the_edges() -> None:
+    """Next to the smallest float32, below it, and no number; 16 at a time and one by one."""
+    edges = [0.0, -1e-3, -1.0, -50.0, -86.5, -87.0, -88.0, -100.0, -1e30, -float("inf")]
+    for classes in (len(edges), 64):
+        logits = torch.full((2, classes), -3.0).to(BF16)
+        logits[0, : len(edges)] = torch.tensor(edges).to(BF16)
+        logits[1, 3] = float("nan")
+        expected = logits[0].double().exp()
+        ops.cross_entropy(logits, torch.tensor([1, 1]), True)
+        expected[1] = 0.0  # the target
+        torch.testing.assert_close(logits[0].double(), expected, rtol=2**-8, atol=2**-125)
+        assert not bool(logits[0, 6 : len(edges)].any())
+        assert bool(logits[1, 3].isnan())
+
+
 def test_cross_entropy_of_logits_that_are_shut_out() -> None:
     logits = torch.zeros(1, 40, dtype=BF16)
     logits[0, [1, 39]] = -torch.inf

@@ -22,7 +22,11 @@ FORMS = {
     "AVX512": (f"{NO_AMX} -mno-avx512bf16", {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}),
     "AVX2": (
         f"{NO_AMX} -mno-avx512f",
-        {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+        {
+            "ONEDNN_MAX_CPU_ISA": "AVX2",
+            "ATEN_CPU_CAPABILITY": "avx2",
+            "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        },
     ),
     "None": (
         f"{NO_AMX} -mno-avx2",

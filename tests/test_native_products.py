@@ -107,10 +107,10 @@ SHAPES = [
 ]
 
 
-def torch_sums_in_parts(shape: tuple[int, int, tuple[int, ...], int]) -> bool:
-    """Whether torch adds up dL/dx in other parts, as was seen."""
-    shapes = {"AMX": [], "AVX2": [SHAPES[4], SHAPES[8]]}.get(str(products.unit()), [SHAPES[8]])
-    return shape in shapes
+def most_differences(name: str, shape: tuple[int, int, tuple[int, ...], int]) -> float:
+    """Share of values that may differ: more where torch adds up long sums in parts."""
+    in_parts = products.unit() == "AVX2" or (name == "x" and shape == SHAPES[-1])
+    return 5e-3 if in_parts and products.unit() != "AMX" else 1e-3
 
 
 @pytest.mark.parametrize("pending", [True, False])
@@ -135,9 +135,7 @@ def test_groups_are_those_of_torch(
     for name, tensor in ours.items():
         assert tensor.shape == theirs[name].shape
         assert tensor.dtype == theirs[name].dtype
-        if name == "x" and torch_sums_in_parts(shape):
-            continue  # the next test has them
-        assert differences(tensor, theirs[name]) < 1e-3, name
+        assert differences(tensor, theirs[name]) < most_differences(name, shape), name
 
 
 def first_to_last(left: Tensor, right: Tensor) -> Tensor:
@@ -151,34 +149,41 @@ def first_to_last(left: Tensor, right: Tensor) -> Tensor:
 
 
 @pytest.mark.skipif(products.unit() == "AMX", reason="the order within a pair is that of vectors")
+@pytest.mark.parametrize("pending", [True, False])
 @pytest.mark.parametrize("rounded", [True, False])
 @pytest.mark.parametrize("shape", SHAPES[2:6] + SHAPES[-2:], ids=str)
 def test_sums_run_from_first_to_last(
-    shape: tuple[int, int, tuple[int, ...], int], rounded: bool
+    shape: tuple[int, int, tuple[int, ...], int], rounded: bool, pending: bool
 ) -> None:
     group = Group(*shape)
-    found = group.run(rounded=rounded)
+    found = group.run(pending, rounded)
     some = slice(32)  # columns, of which all are alike
     weights, of_adapters = melded._decoded(group.codes, group.scales, group.rank)
     acting = melded._acting(group.proxies, group.factors)
     parts = zip(acting, weights.split(list(group.outs)), strict=True)
     for i, (proxy, weight) in enumerate(parts):
-        left = torch.cat([found[f"adapter {i}"], group.x], 1)
-        right = torch.cat([proxy, weight], 1).t()[:, some]
+        left, right = group.x, weight.t()[:, some]
+        if pending:
+            left = torch.cat([found[f"adapter {i}"], left], 1)
+            right = torch.cat([proxy.t()[:, some], right])
         assert torch.equal(found[f"out {i}"][:, some], first_to_last(left, right))
     grads = list(group.grads)
     if rounded:
         units = [float(group.scales[0] / scale) for scale in group.scales]
         grads = [ops.quantized(grads, units, e5m2=True)]
-    pairs = zip(group.grads, acting, strict=True)
-    thin = [first_to_last(grad, proxy) for grad, proxy in pairs]
-    left = torch.cat([*thin, *grads], 1)
-    right = torch.cat([of_adapters, weights])[:, some]
+    right = weights[:, some]
+    if pending:
+        pairs = zip(group.grads, acting, strict=True)
+        grads = [*(first_to_last(grad, proxy) for grad, proxy in pairs), *grads]
+        right = torch.cat([of_adapters[:, some], right])
+    left = torch.cat(grads, 1)
     assert torch.equal(found["x"][:, some], first_to_last(left, right))
 
 
-@pytest.mark.parametrize("power", [-110, -6, 110])
+@pytest.mark.parametrize("power", [-110, -6, 110, 122])
 def test_all_codes_are_decoded(power: int) -> None:
+    if power == 122 and products.unit() in ("AMX", "AVX512-BF16"):
+        pytest.skip("its products take numbers below 2^-126 as zero")
     group = Group(64, 64, (64,), 32)
     codes = torch.arange(96 * 64).reshape(96, 64) % 256
     codes[codes & 0x7F == 0x7F] = 3

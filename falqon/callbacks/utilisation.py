@@ -61,7 +61,8 @@ def count_flops(module: nn.Module) -> Flops:
             thin = 2 * out * r + (2 * r * (2 * out + n) if layer.live else 0)
         elif isinstance(layer, nn.Linear):
             products = 0
-            thin = layer.weight.numel() * (6 if layer.weight.requires_grad else 4)
+            size = layer.in_features * layer.out_features  # its weight may be packed
+            thin = size * (6 if layer.weight.requires_grad else 4)
         else:
             continue
         if layer is head:

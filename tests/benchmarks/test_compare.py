@@ -36,7 +36,7 @@ def test_two_methods_side_by_side(
 ) -> None:
     """Three steps of each in turn, of which the first is not timed."""
     flags = arguments(tokenizer_dir, alpaca_file, tmp_path, "--methods=lora,falqon")
-    assert compare.main([*flags, "--repeats=1", "--turns=3", "--paper"]) == 0
+    assert compare.main([*flags, "--repeats=1", "--turns=3", "--paper", "--floor"]) == 0
     out = capsys.readouterr().out
     assert "x LoRA" in out and "x QLoRA" in out.split("The paper's numbers")[1]
     with (tmp_path / "compare.csv").open() as file:
@@ -48,6 +48,7 @@ def test_two_methods_side_by_side(
         assert float(row["val_loss"]) < float(row["val_loss_start"])
         assert int(row["peak_rss_bytes"]) > 2**27 and int(row["checkpoint_bytes"]) > 2**12
         assert 0 <= float(row["padding_share"]) < 1
+        assert 0 < float(row["of_floor"]) < 1  # a tiny model: next to nothing of it is matmuls
     # B is [out, 4] in both, A [4, in] is trained by LoRA alone: 2 layers of widths 32 and 64.
     sides = [(32, 32), (16, 32), (16, 32), (32, 32), (64, 32), (64, 32), (32, 64)]
     assert int(rows["falqon"]["trainable_parameters"]) == 2 * 4 * sum(o for o, _ in sides)
@@ -93,6 +94,15 @@ def test_mistakes_are_told_at_once(
     assert compare.main(flags) == 2
     assert "leaves nothing to time" in capsys.readouterr().err
     assert set(compare.find_overlays("all")) >= {"falqon", "lora", "qlora", "full"}
+
+
+def test_the_floor_is_the_cpus(
+    alpaca_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    flags = arguments("model", alpaca_file, tmp_path, "--methods=lora", "--floor")
+    assert compare.main([*flags, "--accelerator=auto"]) == 2
+    assert "--floor measures the CPU's matmuls: add --accelerator cpu" in capsys.readouterr().err
 
 
 def test_variants_of_a_method(
@@ -300,7 +310,7 @@ def test_numbers_of_the_table() -> None:
     assert "5.45" in line and "9.37" in line and "4.500" in line
     assert all(name in text for name in PAPER)
     table = compare_report.table(list(rows.values()))
-    assert "GPU GiB" not in table and "1.500" in table
+    assert "GPU GiB" not in table and "of floor" not in table and "1.500" in table
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -65,6 +66,12 @@ def test_flops_are_those_that_are_done(update: str, monkeypatch: pytest.MonkeyPa
 def test_without_fp8_all_is_in_16_bits() -> None:
     flops = count_flops(model(recipe="none"))
     assert flops.fp8 == 0 < flops.other
+
+
+def test_packed_weights_count_as_what_they_are_of() -> None:
+    layer = nn.Linear(64, 32, bias=False)
+    layer.weight = nn.Parameter(torch.zeros(1024, 1, dtype=torch.uint8), requires_grad=False)
+    assert count_flops(nn.Sequential(layer)).other == 4 * 64 * 32
 
 
 def test_each_kind_counts_against_its_own_peak() -> None:

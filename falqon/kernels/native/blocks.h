@@ -165,7 +165,7 @@ public:
     explicit Decoding(float scale) : inverse(1.0f / scale) {
         const int exponent = int(to_bits(inverse) >> 23) - 127;
         is_near = exponent > -100 && exponent < 100;
-        moved = (120 + exponent) << 7;
+        moved = (120 + exponent) * 128;
         bf16 first[8];
         for (int i = 0; i < 8; i++) first[i] = decoded(uint8_t(i), inverse);
         subnormal = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(first)));

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#ifdef __AVX512BW__
 #define FALQON_HAS_SIMD
 #include <immintrin.h>
 

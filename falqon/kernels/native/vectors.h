@@ -70,8 +70,8 @@ __attribute__((noinline)) static void add_rows(const Product& of, const Product*
 }
 #else
 static const i64 UNIT = 4;
-static const i64 LEFT = 3 << 16;
-static const i64 RIGHT = 5 << 15;
+static const i64 LEFT = 3 << 15;
+static const i64 RIGHT = 3 << 15;  // both in 256 KiB
 
 static const int MOST_ROWS = 5;  // whose sums of 16 columns are in 10 of 16 registers
 static inline int rows_at_once(i64 row) { return row < 20 ? 5 : 4; }
