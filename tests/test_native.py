@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from falqon.errors import InputError
 from falqon.fp8 import E4M3, E5M2, Format, decode, encode, quantize
-from falqon.kernels.native import build, ops, proxy
+from falqon.kernels.native import build, ops, products, proxy
 from falqon.kernels.rms_norm_quantize import rms_norm_grad, rms_norm_quantize
 from falqon.kernels.row_update import Origin, row_update
 
@@ -347,6 +347,15 @@ def test_is_compiled_once(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert [made] == list(tmp_path.iterdir())
     assert made.stat().st_mtime_ns == before
     assert str(made) in build.describe()
+
+
+@needs_compiler
+@pytest.mark.skipif(products.unit() is None, reason="not an x86 processor with AVX2")
+def test_without_amx_where_the_system_refuses_it(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fresh.setattr(build, "_is_refused", lambda library: True)
+    found, place = build._load()
+    assert found is not None and found.falqon_unit() in (2, 3, 4)  # what there is besides AMX
+    assert len(list(tmp_path.iterdir())) == 2 and Path(place).parent == tmp_path
 
 
 def test_switch(monkeypatch: pytest.MonkeyPatch) -> None:

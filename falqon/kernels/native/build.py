@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,7 +27,8 @@ _FLAGS = (
     "-shared", "-fPIC", "-O3", "-march=native", "-fopenmp", "-fno-math-errno",
     "-fno-trapping-math", "-ffp-contract=off",
 )  # fmt: skip
-_WIDE = "-mprefer-vector-width=512"  # a flag of x86 alone
+_X86 = ("-mprefer-vector-width=512",)
+_NO_AMX = ("-mno-amx-tile", "-mno-amx-bf16")
 
 
 def wanted() -> bool:
@@ -57,15 +59,30 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(keep)}))
 
 
-def _compile(path: str, target: Path) -> None:
+def _compile(path: str, flags: Sequence[str], target: Path) -> None:
     """Compile to a temporary name, then rename: another process may do the same."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    flags = [*_FLAGS, _WIDE] if platform.machine() in ("x86_64", "AMD64") else list(_FLAGS)
     with tempfile.TemporaryDirectory(dir=target.parent) as directory:
         made = Path(directory) / "kernels.so"
         command = [path, *flags, "-o", str(made), *map(str, _SOURCES)]
         subprocess.run(command, check=True, capture_output=True, timeout=300)
         made.replace(target)
+
+
+def _compiled(path: str, flags: Sequence[str]) -> tuple[ctypes.CDLL, Path]:
+    """The library as these flags make it, loaded, and where it is kept."""
+    texts = [source.read_text() for source in (*_SOURCES, *_HEADERS)]
+    key = "\n".join((*texts, path, *flags, _processor(), torch.__version__))
+    target = cache_directory() / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if not target.is_file():
+        _compile(path, flags, target)
+    return ctypes.CDLL(str(target)), target
+
+
+def _is_refused(library: ctypes.CDLL) -> bool:
+    """Whether it multiplies by AMX, and the system does not let this process use that."""
+    library.falqon_unit.restype = ctypes.c_int64
+    return bool(library.falqon_unit() < 0)
 
 
 @lru_cache(maxsize=1)
@@ -76,13 +93,11 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, "no C++ compiler was found (g++, c++, clang++, or CXX)"
     if torch.get_num_threads() and not torch.backends.openmp.is_available():
         return None, "this torch is built without OpenMP"
-    texts = [source.read_text() for source in (*_SOURCES, *_HEADERS)]
-    key = "\n".join((*texts, path, *_FLAGS, _WIDE, _processor(), torch.__version__))
-    target = cache_directory() / f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    flags = (*_FLAGS, *(_X86 if platform.machine() in ("x86_64", "AMD64") else ()))
     try:
-        if not target.is_file():
-            _compile(path, target)
-        library = ctypes.CDLL(str(target))
+        library, target = _compiled(path, flags)
+        if _is_refused(library):
+            library, target = _compiled(path, (*flags, *_NO_AMX))
     except subprocess.CalledProcessError as error:
         reason = error.stderr.decode(errors="replace").strip().splitlines()
         return None, f"{path} could not compile it: {reason[0] if reason else 'no message'}"

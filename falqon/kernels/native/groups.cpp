@@ -18,9 +18,9 @@ static i64 parts_of(i64 all, i64 at_a_time) { return (all + at_a_time - 1) / at_
 
 extern "C" {
 
-// What products are computed by: 1, AMX, if the system lets this process use it; 2, AVX512-BF16; 3, AVX512;
-// 4, AVX2; 0, nothing here.
-i64 falqon_unit() { return unit_is_allowed() ? UNIT : 0; }
+// What products are computed by: 1, AMX; 2, AVX512-BF16; 3, AVX512; 4, AVX2; 0, nothing here; -1, AMX, which
+// the system does not let this process use.
+i64 falqon_unit() { return unit_is_allowed() ? UNIT : -1; }
 
 // How many 16-bit values the `work` of products has to have room for.
 i64 falqon_matmul_work(i64 layers, const i64* outs, i64 in, i64 rank, i64 tokens, i64 pending,

@@ -33,8 +33,8 @@ def present() -> bool:
 def unit() -> str | None:
     """What products are computed by: AMX, AVX512-BF16, AVX512 or AVX2.
 
-    None if the processor has none, or system, compiler or `FALQON_NATIVE` do not let it be used.
-    The system has to be asked for AMX, which this does.
+    None if the processor has none, or compiler or `FALQON_NATIVE` do not let it be used. Where the
+    system refuses AMX, it is what the processor has besides.
     """
     return _unit() if wanted() else None
 
