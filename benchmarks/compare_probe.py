@@ -33,8 +33,8 @@ class Probe(Callback):
         profile_steps: How many are. Several, since methods do not do the same in every step.
         turns: Wait for a turn before a step: see `benchmarks.compare_turns`.
         steps_a_turn: Before every so many-th step.
-        floor: Before and after each step look how fast a large matmul is, to tell how much of a
-            step its own matmuls would take at that rate.
+        floor: Before and after each step that is not profiled look how fast a large matmul is, to
+            tell how much of the step its own matmuls would take at that rate.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Probe(Callback):
         if step in self.profiled and self._profile is None:
             self._profile = profile(activities=_activities(), acc_events=True)
             self._profile.start()
-        if self.floor:
+        if self.floor and step not in self.profiled:
             self._rate = rate_of_large_matmul()
         if step >= self.warmup:
             reset_peak_rss()
@@ -125,7 +125,7 @@ class Probe(Callback):
         if step >= self.warmup and step not in self.profiled:
             self.peak_rss = max(self.peak_rss, peak_rss())
         of_floor = None
-        if self.floor:
+        if self.floor and step not in self.profiled:
             rate = (self._rate + rate_of_large_matmul()) / 2
             of_floor = flops_of(pl_module, batch) / rate / seconds
         self.steps.append(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -275,6 +277,7 @@ def test_exponentials_at_the_edges() -> None:
         assert bool(logits[1, 3].isnan())
 
 
+@needs_compiler
 def test_cross_entropy_of_logits_that_are_shut_out() -> None:
     logits = torch.zeros(1, 40, dtype=BF16)
     logits[0, [1, 39]] = -torch.inf
@@ -356,6 +359,13 @@ def test_without_amx_where_the_system_refuses_it(fresh: pytest.MonkeyPatch, tmp_
     found, place = build._load()
     assert found is not None and found.falqon_unit() in (2, 3, 4)  # what there is besides AMX
     assert len(list(tmp_path.iterdir())) == 2 and Path(place).parent == tmp_path
+
+
+@pytest.mark.parametrize("unit", range(-1, 5))
+def test_a_refusal_is_told(unit: int) -> None:
+    library: Any = SimpleNamespace(falqon_unit=lambda: unit)
+    library.falqon_unit.restype = None
+    assert build._is_refused(library) == (unit == -1)
 
 
 def test_switch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,8 @@ def test_two_methods_side_by_side(
     assert set(parts) == set(PARTS) and parts["matmul"] > 0
     assert parts["update"] > compare_report.breakdown(lora)["update"]
     assert [step["profiled"] for step in lora[0]["steps"]] == [False, True] + [False] * 6
+    # Nothing but the step itself is profiled.
+    assert all((step["of_floor"] is None) == step["profiled"] for step in lora[0]["steps"])
     for name in ("step_time", "loss", "breakdown"):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
     assert not list(tmp_path.rglob("*.ckpt"))

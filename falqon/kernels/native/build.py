@@ -28,7 +28,7 @@ _FLAGS = (
     "-fno-trapping-math", "-ffp-contract=off",
 )  # fmt: skip
 _X86 = ("-mprefer-vector-width=512",)
-_NO_AMX = ("-mno-amx-tile", "-mno-amx-bf16")
+_NO_AMX = ("-mno-amx-tile", "-mno-amx-bf16")  # where the system refuses it
 
 
 def wanted() -> bool:

@@ -45,7 +45,8 @@ def _unit() -> str | None:
     if found is None:
         return None
     found.falqon_unit.restype = _INT
-    return (None, "AMX", "AVX512-BF16", "AVX512", "AVX2")[found.falqon_unit()]
+    units = {1: "AMX", 2: "AVX512-BF16", 3: "AVX512", 4: "AVX2"}
+    return units.get(found.falqon_unit())
 
 
 def takes(codes: Sequence[Tensor], tokens: int, rank: int) -> bool:

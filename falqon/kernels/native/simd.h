@@ -66,13 +66,14 @@ static inline void store_first16(Ints x, void* to, int64_t n) {
 static inline Floats between(int64_t begin, int64_t end, Floats x, Floats other) {
     return _mm512_mask_mov_ps(other, __mmask16(first16(end) & ~first16(begin)), x);
 }
-// x, and zero or `other` where `of` is `value`, below it or no number.
+// x, but zero where `of` is `value`, or below it; where `of` is no number, x.
 static inline Floats zero_where_equal(Floats x, Floats of, Floats value) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(of, value, _CMP_NEQ_UQ), x);
 }
 static inline Floats zero_where_below(Floats x, Floats of, Floats value) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(of, value, _CMP_NLT_UQ), x);
 }
+// x, but `other` where x is no number.
 static inline Floats where_nan(Floats x, Floats other) {
     return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), other);
 }
