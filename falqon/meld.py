@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from falqon.errors import InputError
-from falqon.fp8 import E4M3, compute_scale, dequantize, quantize
+from falqon.fp8 import E4M3, all_finite, compute_scale, dequantize, largest, quantize
 from falqon.linear import MeldedLinear
 from falqon.recipe import Adapter, Fp8Recipe, MeldRecipe
-
-EXACT_UP_TO = 8
-"""Smaller side of a matrix, in columns of its sketch, up to which it is not sketched."""
+from falqon.svd import truncated_svd
 
 
 @dataclass(frozen=True)
@@ -78,95 +76,6 @@ class MeldReport:
         return "\n".join(lines)
 
 
-def truncated_svd(matrix: Tensor, recipe: MeldRecipe, seed: int) -> tuple[Tensor, Tensor]:
-    """Leading singular values and right singular vectors of a matrix.
-
-    `randomized` sketches the row space where the smaller side is longer than `EXACT_UP_TO` times
-    the sketch, `rank + oversampling` columns. Below that the eigenvectors of a Gram matrix take
-    about as long, and are exact; where these would be inexact the SVD is the full one.
-
-    Args:
-        matrix: float32 [out, in].
-        recipe: method and its settings.
-        seed: of the sketch; the same seed gives the same bits on one kind of device.
-
-    Returns:
-        Singular values [q] and V^T [q, in] with q = min(rank, out, in).
-    """
-    rank = min(recipe.rank, *matrix.shape)
-    if recipe.svd == "full":
-        return full_svd(matrix, rank)
-    columns = rank + recipe.oversampling
-    if min(matrix.shape) <= EXACT_UP_TO * columns:
-        return _exact_svd(matrix, rank)
-    return sketched_svd(matrix, rank, columns, recipe.power_iterations, seed)
-
-
-def sketched_svd(
-    matrix: Tensor, rank: int, columns: int, iterations: int, seed: int
-) -> tuple[Tensor, Tensor]:
-    """As `truncated_svd`, within the block Krylov space of random columns.
-
-    Musco and Musco, arXiv:1504.05477: of every power iteration the block is kept, not only of the
-    last. A quantisation error is close to white noise, whose singular values fall slowly; for the
-    same energy of it that takes a quarter of the products that power iterations alone do.
-
-    Args:
-        matrix: float32 [out, in].
-        rank: r.
-        columns: random columns, at least r.
-        iterations: products with `matrix^T matrix`, as far as there is room for their blocks.
-        seed: of the columns.
-    """
-    generator = torch.Generator(matrix.device).manual_seed(seed)
-    start = torch.randn(
-        matrix.shape[0], columns, generator=generator, device=matrix.device, dtype=matrix.dtype
-    )
-    # Numbers around one: squares of the values occur below.
-    size = matrix.abs().amax().clamp_min(torch.finfo(matrix.dtype).tiny)
-    blocks = [(matrix.t() @ start) / size]
-    for _ in range(min(iterations, min(matrix.shape) // columns - 1)):
-        blocks[-1] = torch.linalg.qr(blocks[-1]).Q
-        blocks.append(matrix.t() @ ((matrix @ blocks[-1]) / size) / size)
-    basis = torch.linalg.qr(torch.cat(blocks, dim=1)).Q
-    values, right = _exact_svd(matrix @ basis, rank)
-    return values, right @ basis.t()
-
-
-def _exact_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    if (found := svd_of_gram(matrix, rank)) is not None:
-        return found
-    return full_svd(matrix, rank)
-
-
-def full_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """As `truncated_svd`, from all of the singular values and vectors."""
-    _, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    return values[:rank], right[:rank]
-
-
-def svd_of_gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
-    """As `truncated_svd`, from the eigenvectors of the Gram matrix of the smaller side.
-
-    Values and vectors are exact to 1e-4. None if the last value is below 1/30 of the first: then
-    too much of its square is lost in rounding.
-    """
-    # Of numbers around one, and whatever float32 products are allowed to be rounded to.
-    limit = matrix.abs().amax().clamp_min(torch.finfo(matrix.dtype).tiny)
-    scaled = matrix.double().div_(limit)
-    tall = matrix.shape[0] >= matrix.shape[1]
-    gram = (scaled.t() @ scaled if tall else scaled @ scaled.t()).float()
-    squares, vectors = torch.linalg.eigh(gram)
-    squares, vectors = squares.flip(0)[:rank], vectors.flip(1)[:, :rank]
-    if not squares[-1] > 1e-3 * squares[0]:
-        return None
-    values = squares.sqrt()
-    right = vectors.t()
-    if not tall:
-        right = (right.double() @ scaled).float() / values[:, None]
-    return values * limit, right
-
-
 def _svd_adapter(matrix: Tensor, recipe: MeldRecipe, seed: int) -> tuple[Tensor, float]:
     """`sqrt(S) V^T` float32 [r, in], and the share of the squared norm that the rank holds."""
     values, right = truncated_svd(matrix, recipe, seed)
@@ -205,13 +114,13 @@ def meld_weight(
     """
     weight = weight.detach().to(torch.float32)
     rounding = fp8.weight_scale_rounding
-    limit = weight.abs().amax()
+    limit = largest(weight)
     scale = compute_scale(limit, E4M3, rounding).reshape(1)
     codes, _ = quantize(weight, E4M3, rounding=rounding, scale=scale)
     if recipe.adapter == "svd_error":
         adapter, captured = _svd_adapter(weight - dequantize(codes, scale, E4M3), recipe, seed)
-        if adapter.abs().amax() > limit:  # A shares the scale, so it must fit as well
-            limit = adapter.abs().amax()
+        if (reach := largest(adapter)) > limit:  # A shares the scale, so it must fit as well
+            limit = reach
             scale = compute_scale(limit, E4M3, rounding).reshape(1)
             codes, _ = quantize(weight, E4M3, rounding=rounding, scale=scale)
             adapter, captured = _svd_adapter(weight - dequantize(codes, scale, E4M3), recipe, seed)
@@ -221,8 +130,8 @@ def meld_weight(
         else:
             adapter, captured = _kaiming_adapter(weight, recipe, seed), 0.0
         # It shares the weight's scale, and there has to be large enough to have digits.
-        if limit > 0 and (largest := adapter.abs().amax()) > 0:
-            adapter *= largest.clamp(limit / 256, limit) / largest
+        if limit > 0 and (reach := largest(adapter)) > 0:
+            adapter *= reach.clamp(limit / 256, limit) / reach
     if fp8.emulate == "none":
         return torch.cat([weight, adapter]), torch.ones_like(scale), captured
     adapter_codes, _ = quantize(adapter, E4M3, rounding=rounding, scale=scale)
@@ -260,7 +169,7 @@ def meld_linear(
     _check_rank(name, linear, recipe)
     target = torch.device(device) if device is not None else weight.device
     weight = weight.detach().to(target)
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise InputError(
             f"{name}.weight holds NaN or infinity; the checkpoint is damaged or was saved from a "
             "diverged run. Use another checkpoint, or exclude that layer."

@@ -20,6 +20,7 @@ from falqon.checkpoint import changes
 from falqon.checkpoint.base import BaseHash, hash_base
 from falqon.checkpoint.hashing import hash_tensors
 from falqon.errors import InputError
+from falqon.fp8 import all_finite
 from falqon.kernels import devices
 from falqon.linear import MeldedLinear
 from falqon.meld import MeldReport, meld, melded_layers, targets
@@ -210,7 +211,7 @@ class FalqonPrecision(Precision):
         for name, parameter in module.named_parameters():
             # Parameters only: buffers such as rotary frequencies keep their precision.
             if id(parameter) not in own and parameter.is_floating_point():
-                if report.converted and not torch.isfinite(parameter).all():
+                if report.converted and not all_finite(parameter):
                     raise InputError(
                         f"{name} holds NaN or infinity; the checkpoint is damaged or was saved "
                         "from a diverged run. Use another checkpoint."

@@ -155,10 +155,10 @@ class MeldRecipe:
             not made for their size.
         lora_alpha: as in LoRA: what B A changes in the weight is multiplied by lora_alpha / rank.
             None leaves it as it is, the paper's.
-        svd: `randomized` (`falqon.meld.sketched_svd`; exact for weights that are small for it, see
-            `falqon.meld.truncated_svd`) or `full`.
+        svd: `randomized` (`falqon.svd.sketched_svd`; exact for weights that are small for it, see
+            `falqon.svd.truncated_svd`) or `full`.
         oversampling: columns of the randomised SVD's sketch beyond the rank.
-        power_iterations: of the randomised SVD: further blocks of as many columns.
+        power_iterations: products of the sketch with `D^T D`, four to a polynomial of it.
         seed: of its sketch and of `kaiming`.
         groups: in models of a known family, run the layers of an attention or MLP that share an
             input (q/k/v, gate/up) as one: see `falqon.blocks`. Names and weights are the same, and
@@ -176,7 +176,7 @@ class MeldRecipe:
     lora_alpha: float | None = None
     svd: Literal["randomized", "full"] = "randomized"
     oversampling: int = 16
-    power_iterations: int = 6
+    power_iterations: int = 12
     seed: int = 0
     groups: bool = True
 

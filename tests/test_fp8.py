@@ -11,12 +11,14 @@ from falqon.fp8 import (
     E4M3,
     E5M2,
     Format,
+    all_finite,
     amax_of,
     compute_scale,
     decode,
     dequantize,
     encode,
     encode_stochastic,
+    largest,
     philox,
     quantize,
 )
@@ -393,3 +395,15 @@ def test_philox_depends_on_the_counters_alone() -> None:
     assert (whole >= 0).all()
     assert (whole < 1 << 32).all()
     assert len(whole.unique()) >= 1499
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_value_that_is_not_finite_is_seen(dtype: torch.dtype, value: float) -> None:
+    x = torch.randn(70, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert all_finite(x) and largest(x) == x.abs().max() and largest(x).dtype == dtype
+    x[69, 32] = -100.0
+    assert all_finite(x) and largest(x) == 100.0
+    x[17, 5] = value
+    assert not all_finite(x)
+    assert all_finite(x[:0])

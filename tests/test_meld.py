@@ -1,4 +1,4 @@
-"""Melding: codes and adapter of one weight, the randomised SVD, and the walk over a model."""
+"""Melding: codes and adapter of one weight, and the walk over a model."""
 
 from __future__ import annotations
 
@@ -21,15 +21,7 @@ from transformers import (
 from falqon.errors import InputError
 from falqon.fp8 import E4M3, decode, dequantize, quantize
 from falqon.linear import MeldedLinear
-from falqon.meld import (
-    meld,
-    meld_linear,
-    meld_weight,
-    melded_layers,
-    sketched_svd,
-    svd_of_gram,
-    truncated_svd,
-)
+from falqon.meld import meld, meld_linear, meld_weight, melded_layers
 from falqon.recipe import RECIPES, Fp8Recipe, MeldRecipe, ScaleRounding
 
 FP8 = Fp8Recipe()
@@ -37,13 +29,6 @@ FP8 = Fp8Recipe()
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def heavy_tailed(*shape: int, seed: int = 0) -> Tensor:
-    """Student's t with 3 degrees of freedom: outliers of some hundred standard deviations."""
-    normal = random(*shape, seed=seed)
-    chi_square = torch.stack([random(*shape, seed=seed + i + 1) for i in range(3)]).square().sum(0)
-    return 0.02 * normal / (chi_square / 3).sqrt()
 
 
 def error_of(weight: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
@@ -80,70 +65,6 @@ def test_codes_are_the_weight_and_the_adapter_of_its_error(
     assert (result[known:] == 0).all()  # ranks that the error does not have
     share = values[:known].square().sum() / values.square().sum()
     assert captured == pytest.approx(float(share), rel=1e-2)  # see the energy test below
-
-
-@pytest.mark.parametrize("tails", [random, heavy_tailed])
-@pytest.mark.parametrize("shape", [(576, 1536), (1536, 576), (512, 512)])
-def test_randomised_svd_captures_the_energy_of_the_full_one(
-    tails: Callable[..., Tensor], shape: tuple[int, int]
-) -> None:
-    weight = tails(*shape)
-    codes, scale = quantize(weight, E4M3)
-    error = weight - dequantize(codes, scale, E4M3)
-    recipe = MeldRecipe(rank=64)
-    columns = 64 + recipe.oversampling
-    values, right = sketched_svd(error, 64, columns, recipe.power_iterations, 0)
-    full = float(torch.linalg.svdvals(error)[:64].square().sum())
-    assert float(values.square().sum()) == pytest.approx(full, rel=0.01)
-    # The vectors hold that energy too, and are orthonormal to float32.
-    assert float((error @ right.t()).square().sum()) == pytest.approx(full, rel=0.01)
-    torch.testing.assert_close(right @ right.t(), torch.eye(64), rtol=0, atol=1e-5)
-
-
-def steep(*shape: int) -> Tensor:
-    """Singular values that fall to 1/30 of the first by the 64th."""
-    left, values, right = torch.linalg.svd(random(*shape).double(), full_matrices=False)
-    values = 30 ** -(torch.arange(len(values), dtype=torch.float64) / 63)
-    return (left * values @ right).float()
-
-
-@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
-@pytest.mark.parametrize("kind", [random, heavy_tailed, steep])
-@pytest.mark.parametrize("shape", [(110, 240), (240, 110), (120, 120)])
-@pytest.mark.parametrize("rank", [1, 64])
-def test_svd_of_gram_is_exact(
-    kind: Callable[..., Tensor], shape: tuple[int, int], rank: int, size: float
-) -> None:
-    weight = kind(*shape) * size
-    found = svd_of_gram(weight, rank)
-    assert found is not None
-    values, right = found
-    _, expected, directions = torch.linalg.svd(weight.double(), full_matrices=False)
-    assert values.dtype == right.dtype == torch.float32
-    torch.testing.assert_close(values.double(), expected[:rank], rtol=1e-4, atol=0)
-    torch.testing.assert_close(right @ right.t(), torch.eye(rank), rtol=0, atol=1e-4)
-    # The spaces are the same: neighbours with nearly one singular value may be any turn of them.
-    cosines = torch.linalg.svdvals(right.double() @ directions[:rank].t())
-    assert cosines.min() > 1 - 1e-4
-    assert torch.equal(truncated_svd(weight, MeldRecipe(rank=rank), 1)[1], right)
-
-
-@pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
-def test_svd_of_a_matrix_of_low_rank_is_the_full_one(shape: tuple[int, int]) -> None:
-    weight = random(shape[0], 40) @ random(40, shape[1], seed=1)
-    assert svd_of_gram(weight, 64) is None  # squares of the rest are lost in rounding
-    assert svd_of_gram(torch.zeros(shape), 1) is None
-    values, right = truncated_svd(weight, MeldRecipe(rank=64), 0)
-    _, expected, directions = torch.linalg.svd(weight, full_matrices=False)
-    assert torch.equal(values, expected[:64]) and torch.equal(right, directions[:64])
-
-
-def test_full_svd_is_exact() -> None:
-    error = random(150, 200)
-    values, right = truncated_svd(error, MeldRecipe(rank=8, svd="full"), 0)
-    expected = torch.linalg.svdvals(error.double())[:8]
-    torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close((error @ right.t()).norm(dim=0), values, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("size", [1e-4, 1e-6, 1e-8])
@@ -206,20 +127,6 @@ def test_same_seed_same_bits_and_no_random_state_touched() -> None:
     assert torch.equal(first[:200], codes(1)[:200])
     assert not torch.equal(first, codes(1))  # the sketch depends on the seed
     assert not torch.equal(first, codes(0, "b"))  # and on the layer
-
-
-@pytest.mark.parametrize("shape", [(300, 280), (280, 300)])
-@pytest.mark.parametrize("known", [0, 3, 20])
-@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
-def test_sketch_of_any_size_and_low_rank(known: int, size: float, shape: tuple[int, int]) -> None:
-    weight = random(shape[0], known) @ random(known, shape[1]) * size
-    values, right = (x.double() for x in sketched_svd(weight, 8, 10, 5, 0))
-    expected = torch.linalg.svdvals(weight.double())[:8]
-    bound = 1e-5 * float(expected[0])  # of float32
-    torch.testing.assert_close(values, expected, rtol=1e-4, atol=bound)
-    torch.testing.assert_close(right @ right.t(), torch.eye(8).double(), rtol=0, atol=1e-5)
-    held = (weight.double() @ right.t()).norm(dim=0)
-    torch.testing.assert_close(held, expected, rtol=1e-4, atol=bound)
 
 
 # -- one layer ----------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def test_bytes_are_those_of_melding_in_memory(
     path = make(tmp_path / "source", shard, **config)
     assert (path / SINGLE).is_file() == (shard == "5GB")
     # Such small matrices would be decomposed exactly, whatever the layer's name and the seed.
-    monkeypatch.setattr(sys.modules["falqon.meld"], "EXACT_UP_TO", 1)
+    monkeypatch.setattr(sys.modules["falqon.svd"], "EXACT_UP_TO", 1)
     melding = MeldRecipe(rank=RANK, oversampling=2, power_iterations=2)
     report = premeld(str(path), tmp_path / "out", melding=melding, shard_bytes=8000)
     assert report["whole"] is None

@@ -16,7 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from falqon.checkpoint import CheckpointError
 from falqon.errors import InputError
 from falqon.export.source import Trained
-from falqon.fp8 import E4M3, dequantize
+from falqon.fp8 import E4M3, all_finite, dequantize
 from falqon.premeld.shards import Spec
 
 Format = Literal["compressed-tensors", "bf16"]
@@ -124,8 +124,7 @@ class Tensors:
     def _bf16(self, name: str, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor.contiguous()
-        # The extremes are NaN if anything is; a mask would take as much memory as the tensor.
-        if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):
+        if not all_finite(tensor):
             raise _not_finite(self.trained.file, name)
         stored = tensor.to(torch.bfloat16)
         if stored.dtype != tensor.dtype and not torch.equal(stored.to(tensor.dtype), tensor):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from falqon.checkpoint.hashing import hash_tensors
 from falqon.checkpoint.io import TEMPORARY_SUFFIX
 from falqon.errors import InputError
+from falqon.fp8 import all_finite
 from falqon.kernels import devices
 from falqon.manifest import describe, seal
 from falqon.meld import meld_linear, plan
@@ -210,7 +211,7 @@ class _Job:
                 f"{file}: the tensor {key} is stored as {tensor.dtype}; FP8 codes are made from "
                 "16-bit weights. Name the unquantised original."
             )
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise InputError(
                 f"{file}: the tensor {key} holds NaN or infinity; the file is damaged or was saved "
                 "from a diverged run. Use another checkpoint."

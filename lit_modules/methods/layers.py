@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from falqon.errors import InputError
-from falqon.meld import targets, truncated_svd
+from falqon.meld import targets
 from falqon.recipe import MeldRecipe
+from falqon.svd import truncated_svd
 
 
 def target_linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -7,8 +7,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from falqon.errors import InputError
-from falqon.meld import truncated_svd
 from falqon.recipe import MeldRecipe
+from falqon.svd import truncated_svd
 from lit_modules.methods.base import Method
 from lit_modules.methods.layers import check_rank, plain_linear, swap_linears
 from lit_modules.methods.low_rank import LowRankLinear
