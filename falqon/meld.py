@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +19,9 @@ from falqon.errors import InputError
 from falqon.fp8 import E4M3, all_finite, compute_scale, dequantize, largest, quantize
 from falqon.linear import MeldedLinear
 from falqon.recipe import Adapter, Fp8Recipe, MeldRecipe
-from falqon.svd import truncated_svd
+from falqon.svd import SHARED, one_thread, single_threads, truncated_svd
+
+_AT_ONCE = 8  # small layers that are melded at a time, if there are as many threads
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,8 @@ def _svd_adapter(matrix: Tensor, recipe: MeldRecipe, seed: int) -> tuple[Tensor,
     values, right = truncated_svd(matrix, recipe, seed)
     adapter = matrix.new_zeros(recipe.rank, matrix.shape[1])
     adapter[: len(values)] = values.sqrt()[:, None] * right
-    norm = matrix.square().sum()
+    with one_thread():  # as many sums as there are threads would be others
+        norm = matrix.square().sum()
     return adapter, float(values.square().sum() / norm) if norm > 0 else 1.0
 
 
@@ -207,12 +215,12 @@ def meld(
     keep: Callable[[str, Tensor], None] | None = None,
     store: torch.device | str | None = None,
 ) -> MeldReport:
-    """Meld the linear layers of a model in place, one at a time.
+    """Meld the linear layers of a model in place, in turn; small ones on a CPU up to eight at once.
 
     Every original weight is dropped as soon as its layer is melded, so what is added to the model's
-    memory is one layer's worth. Layers that are melded already are left as they are. Everything but
-    the proxy buffers B is frozen. Then blocks of known families are swapped for ones that run their
-    melded layers in groups, unless the recipe says not to.
+    memory is one layer's worth, or that of eight small ones. Layers that are melded already are
+    left as they are. Everything but the proxy buffers B is frozen. Then blocks of known families
+    are swapped for ones that run their melded layers in groups, unless the recipe says not to.
 
     Args:
         model: any module, for example a Hugging Face causal LM.
@@ -234,27 +242,57 @@ def meld(
         raise InputError("a single layer cannot be replaced in place; use falqon.meld_linear.")
     report = MeldReport(adapter=recipe.adapter)
     targets, report.skipped = plan(model, recipe)
-    for number, name in enumerate(targets, 1):
-        linear = _linear(model, name)
-        melded, captured = meld_linear(linear, fp8, recipe, name=name, device=device)
-        if store is not None:
-            melded = melded.to(store)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, melded)
-        if keep is not None:
-            keep(name, linear.weight.detach())
-        report.converted[name] = MeldedInfo(linear.out_features, linear.in_features, captured)
-        report.bytes_before += linear.weight.numel() * linear.weight.element_size()
-        report.bytes_after += melded.codes.numel() * melded.codes.element_size() + 4
-        del linear
-        if progress is not None:
-            progress(name, number, len(targets))
+
+    def melded_one(name: str) -> tuple[MeldedLinear, float]:
+        return meld_linear(_linear(model, name), fp8, recipe, name=name, device=device)
+
+    ahead = _AT_ONCE if _are_small(model, targets, device) else 1
+    with closing(_in_turn(melded_one, targets, ahead)) as results:
+        for number, (name, (melded, captured)) in enumerate(results, 1):
+            linear = _linear(model, name)
+            if store is not None:
+                melded = melded.to(store)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, melded)
+            if keep is not None:
+                keep(name, linear.weight.detach())
+            report.converted[name] = MeldedInfo(linear.out_features, linear.in_features, captured)
+            report.bytes_before += linear.weight.numel() * linear.weight.element_size()
+            report.bytes_after += melded.codes.numel() * melded.codes.element_size() + 4
+            del linear, melded
+            if progress is not None:
+                progress(name, number, len(targets))
     proxies = {id(layer.B) for layer in melded_layers(model).values()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in proxies)
     if recipe.groups:
         _group(model, report)
     return report
+
+
+_Result = TypeVar("_Result")
+
+
+def _in_turn(
+    function: Callable[[str], _Result], names: list[str], ahead: int
+) -> Generator[tuple[str, _Result]]:
+    """Names and what the function makes of them, in their order; some are begun ahead."""
+    if ahead == 1:
+        yield from ((name, function(name)) for name in names)
+        return
+    with one_thread() as threads, single_threads(threads) as pool:
+        begun: deque[Future[_Result]] = deque()
+        waiting = iter(names)
+        for name in names:
+            begun += [pool.submit(function, n) for n in islice(waiting, ahead - len(begun))]
+            yield name, begun.popleft().result()
+
+
+def _are_small(model: nn.Module, names: list[str], device: torch.device | str | None) -> bool:
+    """Whether every layer is on a CPU, and too small for its decomposition to have more threads."""
+    weights = [_linear(model, name).weight for name in names]
+    devices = {torch.device(device or weight.device).type for weight in weights}
+    return devices == {"cpu"} and max(w.numel() for w in weights) < SHARED
 
 
 def _group(model: nn.Module, report: MeldReport) -> None:

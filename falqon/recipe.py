@@ -158,7 +158,7 @@ class MeldRecipe:
         svd: `randomized` (`falqon.svd.sketched_svd`; exact for weights that are small for it, see
             `falqon.svd.truncated_svd`) or `full`.
         oversampling: columns of the randomised SVD's sketch beyond the rank.
-        power_iterations: products of the sketch with `D^T D`, four to a polynomial of it.
+        power_iterations: products of the sketch with `D^T D`, up to four to a polynomial.
         seed: of its sketch and of `kaiming`.
         groups: in models of a known family, run the layers of an attention or MLP that share an
             input (q/k/v, gate/up) as one: see `falqon.blocks`. Names and weights are the same, and

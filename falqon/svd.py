@@ -5,11 +5,19 @@ singular values fall slowly, and powers of the matrix hardly tell the leading on
 A Chebyshev polynomial does, with the same number of products: it is small on the squares of all
 singular values below a bound, and grows beyond it faster than any other of its degree (filtered
 subspace iteration; Zhou, Saad, Tiago and Chelikowsky, 2006).
+
+On a CPU the bits do not depend on the number of threads: a run goes on, or begins anew, with the
+same A on as many as there are then. LAPACK and torch's products share out their sums by it, so each
+has one thread; products with large matrices are taken by rows, always as many, which are shared out
+instead.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -22,8 +30,28 @@ EXACT_UP_TO = 3
 """Smaller side of a matrix, in columns of its sketch, up to which it is not sketched."""
 
 _DEGREE = 4  # products of one polynomial; its bound is then known better
-_GROWTH = 1e5  # of the largest value over the bound: float32 still holds the others beside it
+_APART = 6.0  # times the bound: T_4 is 11,000 there, which float32 holds beside 1
 _STEEP = 1e-3  # square of the last value over that of the first; bfloat16 does not tell below
+_ROWS = 1024  # of a matrix on a CPU, multiplied at a time by one thread
+
+SHARED = 2**22
+"""Values of a matrix on a CPU from which on its rows are given to as many threads as there are."""
+
+
+@contextmanager
+def one_thread() -> Iterator[int]:
+    """torch's operations on one thread; how many they had before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def single_threads(number: int) -> ThreadPoolExecutor:
+    """Threads in each of which torch's operations have that thread only."""
+    return ThreadPoolExecutor(number, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def truncated_svd(matrix: Tensor, recipe: MeldRecipe, seed: int) -> tuple[Tensor, Tensor]:
@@ -36,17 +64,19 @@ def truncated_svd(matrix: Tensor, recipe: MeldRecipe, seed: int) -> tuple[Tensor
     Args:
         matrix: float32 [out, in].
         recipe: method and its settings.
-        seed: of the sketch; the same seed gives the same bits on one kind of device.
+        seed: of the sketch; the same seed gives the same bits on one kind of device, whatever the
+            number of threads.
 
     Returns:
         Singular values [q] and V^T [q, in] with q = min(rank, out, in).
     """
     rank = min(recipe.rank, *matrix.shape)
-    if recipe.svd == "full":
-        return full_svd(matrix, rank)
     columns = rank + recipe.oversampling
-    if min(matrix.shape) <= EXACT_UP_TO * columns:
-        return _exact_svd(matrix, rank)
+    with one_thread():
+        if recipe.svd == "full":
+            return full_svd(matrix, rank)
+        if min(matrix.shape) <= EXACT_UP_TO * columns:
+            return _exact_svd(matrix, rank)
     return sketched_svd(matrix, rank, columns, recipe.power_iterations, seed)
 
 
@@ -65,66 +95,104 @@ def sketched_svd(
         iterations: products with `matrix^T matrix`, of which up to four make one polynomial.
         seed: of the columns.
     """
+    matrix = matrix.float()
+    size = _size(matrix)
     tall = matrix.shape[0] >= matrix.shape[1]
-    basis = _leading_space(matrix if tall else matrix.t(), columns, iterations, seed)
-    if tall:
-        values, right = _exact_svd(matrix @ basis, rank)
-        return values, right @ basis.t()
-    return _exact_svd(basis.t() @ matrix, rank)
+    upright = matrix if tall else matrix.t()
+    with one_thread() as threads, single_threads(threads) as pool:
+        rows = _Rows(upright, pool)
+        basis = _leading_space(upright, size, rows, columns, iterations, seed)
+        image = torch.cat(rows.each(lambda part: part @ basis, upright))
+        values, right = _exact_svd(image if tall else image.t(), rank)
+        return values, (right @ basis.t() if tall else right)
+
+
+class _Rows:
+    """Rows of a matrix in parts that do not depend on the number of threads.
+
+    Args:
+        matrix: [m, n].
+        pool: runs products with parts of a large matrix on a CPU.
+    """
+
+    def __init__(self, matrix: Tensor, pool: ThreadPoolExecutor) -> None:
+        on_cpu = matrix.device.type == "cpu"
+        self._step = _ROWS if on_cpu else len(matrix)
+        self._map = pool.map if on_cpu and matrix.numel() >= SHARED else map
+
+    def each(self, product: Callable[..., Tensor], *matrices: Tensor) -> list[Tensor]:
+        """`product` of every part, of as many rows of each matrix."""
+        return list(self._map(product, *(matrix.split(self._step) for matrix in matrices)))
+
+    def sum(self, product: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
+        """The same, added up in float32, always in one order."""
+        return reduce(torch.add, (part.float() for part in self.each(product, *matrices)))
 
 
 def _size(matrix: Tensor) -> Tensor:
     """Power of two around the largest value: divided by it, no square overflows or vanishes."""
-    return torch.exp2(torch.frexp(largest(matrix)).exponent.clamp(-100, 100).to(matrix.dtype))
+    return torch.exp2(torch.frexp(largest(matrix)).exponent.clamp(-126, 126).to(matrix.dtype))
 
 
 def _products_in(device: torch.device) -> torch.dtype:
     """In what the device multiplies fastest, of what is accurate enough to find a space."""
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         fast = device.type == "cpu" and not wide.WIDENS
     return torch.bfloat16 if fast else torch.float32
 
 
-def _leading_space(matrix: Tensor, columns: int, iterations: int, seed: int) -> Tensor:
+def _leading_space(
+    matrix: Tensor, size: Tensor, rows: _Rows, columns: int, iterations: int, seed: int
+) -> Tensor:
     """Orthonormal columns [n, columns] close to the leading right singular vectors.
 
     Args:
         matrix: float32 [m, n], m >= n.
+        size: of its values.
+        rows: of it.
         columns, iterations, seed: see `sketched_svd`.
     """
-    size = _size(matrix)
     factor = matrix.to(_products_in(matrix.device), copy=True).div_(size)
     generator = torch.Generator(matrix.device).manual_seed(seed)
     start = torch.randn(len(matrix), columns, generator=generator, device=matrix.device)
-    basis = torch.linalg.qr((factor.t() @ start.to(factor.dtype)).float()).Q
+    basis = rows.sum(lambda part, random: part.t() @ random, factor, start.to(factor.dtype))
+    basis = torch.linalg.qr(basis).Q
     # A product with `factor^T factor` at once is worth it where it replaces many by its parts.
-    square = factor.t() @ factor if len(basis) <= iterations * columns else None
+    square = None
+    if len(basis) <= iterations * columns:
+        square = rows.sum(lambda part: part.t() @ part, factor).to(factor.dtype)
 
     def image_of(block: Tensor) -> Tensor:
         block = block.to(factor.dtype)
-        return (factor.t() @ (factor @ block) if square is None else square @ block).float()
+        if square is not None:
+            return (square @ block).float()
+        return rows.sum(lambda part: part.t() @ (part @ block), factor)
 
     while iterations > 0:
         image = image_of(basis)
         squares, turn = torch.linalg.eigh(basis.t() @ image)
-        if squares[0] < _STEEP * squares[-1] and factor.dtype != torch.float32:
+        if factor.dtype == torch.bfloat16 and squares[0] < _STEEP * squares[-1]:
             factor, square = matrix / size, None
             continue
+        iterations -= 1
         # What is below the smallest of as many squares as there are columns is not looked for.
-        bound = max(float(squares[0]), 1e-6)
-        highest = max(2 * float(squares[-1]) / bound - 1, 1 + 1e-6)
-        # T_k(x) = cosh(k arccosh x)
-        degree = max(1, min(iterations, _DEGREE, int(math.acosh(_GROWTH) / math.acosh(highest))))
-        before = basis @ turn
-        block = (image @ turn).mul_(2 / bound).sub_(before)
-        for _ in range(degree - 1):
+        bound = squares[0].clamp_min(1e-7 * squares[-1]).clamp_min(1e-20)
+        # Columns far above it would drown the others. A product does for them what there is to do.
+        apart = int((squares > _APART * bound).sum())
+        filtered = columns - apart
+        vectors, image = basis @ turn, image @ turn
+        far, before = vectors[:, filtered:], vectors[:, :filtered]
+        block = image[:, :filtered] * (2 / bound) - before
+        for _ in range(min(iterations, _DEGREE - 1)):
             # T_k = 2 (2 / bound M^T M - 1) T_(k-1) - T_(k-2)
             after = image_of(block).mul_(4 / bound).sub_(block, alpha=2).sub_(before)
+            after -= far @ (far.t() @ after)
             before, block = block, after
+            iterations -= 1
+        block = torch.cat([block, image[:, filtered:]], dim=1)
         basis = torch.linalg.qr(block / block.norm(dim=0)).Q
-        iterations -= degree
     return basis
 
 

@@ -407,3 +407,10 @@ def test_one_value_that_is_not_finite_is_seen(dtype: torch.dtype, value: float) 
     x[17, 5] = value
     assert not all_finite(x)
     assert all_finite(x[:0])
+
+
+def test_fp8_that_is_not_finite_is_seen() -> None:
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).to(torch.float8_e5m2)
+    assert all_finite(x)
+    x.view(torch.uint8)[1, 2] = 0x7C
+    assert not all_finite(x)

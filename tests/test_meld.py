@@ -22,7 +22,7 @@ from falqon.errors import InputError
 from falqon.fp8 import E4M3, decode, dequantize, quantize
 from falqon.linear import MeldedLinear
 from falqon.meld import meld, meld_linear, meld_weight, melded_layers
-from falqon.recipe import RECIPES, Fp8Recipe, MeldRecipe, ScaleRounding
+from falqon.recipe import RECIPES, Adapter, Fp8Recipe, MeldRecipe, ScaleRounding
 
 FP8 = Fp8Recipe()
 
@@ -127,6 +127,21 @@ def test_same_seed_same_bits_and_no_random_state_touched() -> None:
     assert torch.equal(first[:200], codes(1)[:200])
     assert not torch.equal(first, codes(1))  # the sketch depends on the seed
     assert not torch.equal(first, codes(0, "b"))  # and on the layer
+
+
+@pytest.mark.parametrize("adapter", ["svd_weight", "svd_error", "kaiming"])
+def test_the_number_of_threads_changes_no_bit(adapter: Adapter) -> None:
+    weight, recipe = random(700, 600), MeldRecipe(rank=16, adapter=adapter)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        codes, scale, captured = meld_weight(weight, FP8, recipe)
+        torch.set_num_threads(3)
+        others, its_scale, share = meld_weight(weight, FP8, recipe)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(codes, others) and torch.equal(scale, its_scale)
+    assert captured == share
 
 
 # -- one layer ----------------------------------------------------------------------------------
@@ -363,3 +378,49 @@ def test_model_may_be_melded_with_another_device_and_recipe() -> None:
     meld(model, RECIPES["none"], MeldRecipe(rank=2), device="cpu")
     assert isinstance(model[0], MeldedLinear)
     assert model[0].recipe.emulate == "none"
+
+
+def stack(layers: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(40 + i, 41 + i, bias=False) for i in range(layers)))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_layers_that_are_melded_at_once_come_in_order(threads: int) -> None:
+    before, seen, kept = torch.get_num_threads(), [], []
+    recipe = MeldRecipe(rank=4)
+    torch.set_num_threads(threads)
+    try:
+        model = stack(20)
+        meld(
+            model,
+            recipe=recipe,
+            progress=lambda name, number, all_of_them: seen.append((name, number, all_of_them)),
+            keep=lambda name, weight: kept.append((name, tuple(weight.shape))),
+        )
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [(str(i), i + 1, 20) for i in range(20)]
+    assert kept == [(str(i), (41 + i, 40 + i)) for i in range(20)]
+    for (name, layer), linear in zip(melded_layers(model).items(), stack(20), strict=True):
+        assert isinstance(linear, nn.Linear)
+        assert torch.equal(layer.codes, meld_linear(linear, None, recipe, name=name)[0].codes)
+
+
+def test_threads_are_given_back_when_melding_is_stopped() -> None:
+    def full_disk(name: str, weight: Tensor) -> None:
+        if name == "3":
+            raise OSError("no space left")
+
+    threads = torch.get_num_threads()
+    with pytest.raises(OSError, match="no space left"):
+        meld(stack(20), recipe=MeldRecipe(rank=4), keep=full_disk)
+    assert torch.get_num_threads() == threads
+    model = stack(20)
+    with torch.no_grad():
+        model[5].weight[0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"5\.weight holds NaN"):
+        meld(model, recipe=MeldRecipe(rank=4))
+    assert torch.get_num_threads() == threads
+    assert list(melded_layers(model)) == ["0", "1", "2", "3", "4"]

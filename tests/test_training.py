@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,13 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from falqon import training
 from falqon.checkpoint import read_checkpoint, training_hash
 from falqon.cli import main as falqon_command
 from falqon.errors import InputError
+from falqon.kernels.native import products
 
 ROOT = Path(__file__).parents[1]
 Config = dict[str, Any]
@@ -97,6 +100,33 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
         cli("fit", config)
         digests.append(digest(root))
     assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.skipif(products.unit() is None, reason="torch's products may depend on threads")
+def test_the_number_of_threads_changes_no_bit(
+    cli: Callable, tiny_run: Callable, tokenizer_dir: str, tmp_path: Path
+) -> None:
+    # As wide as it takes for weights to be sketched, and for torch to share out its operations.
+    model = shutil.copytree(tokenizer_dir, tmp_path / "model")
+    config = LlamaConfig.from_pretrained(model)
+    config.update({"hidden_size": 320, "intermediate_size": 640, "head_dim": 64})
+    config.update({"num_attention_heads": 5, "num_key_value_heads": 1})
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(model)
+    threads, digests, losses = torch.get_num_threads(), [], []
+    for number in (1, 3):
+        run = tiny_run(rank=16, update="compensated", rows=None)
+        run["model"]["init_args"]["model_name"] = str(model)
+        root = set_root(run, tmp_path / f"threads{number}")
+        torch.set_num_threads(number)
+        try:
+            cli("fit", run)
+        finally:
+            torch.set_num_threads(threads)
+        digests.append(digest(root))
+        losses.append([(row["train/loss"], row["val/loss"]) for row in rows(root)])
+    assert digests[0] == digests[1]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "stochastic"])
