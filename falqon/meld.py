@@ -21,7 +21,7 @@ from falqon.linear import MeldedLinear
 from falqon.recipe import Adapter, Fp8Recipe, MeldRecipe
 from falqon.svd import SHARED, one_thread, single_threads, truncated_svd
 
-_AT_ONCE = 8  # small layers that are melded at a time, if there are as many threads
+_AT_ONCE = 8  # layers of up to `SHARED` weights that are melded at a time, if there are threads
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def meld(
     def melded_one(name: str) -> tuple[MeldedLinear, float]:
         return meld_linear(_linear(model, name), fp8, recipe, name=name, device=device)
 
-    ahead = _AT_ONCE if _are_small(model, targets, device) else 1
+    ahead = _at_once(model, targets, device)
     with closing(_in_turn(melded_one, targets, ahead)) as results:
         for number, (name, (melded, captured)) in enumerate(results, 1):
             linear = _linear(model, name)
@@ -280,19 +280,25 @@ def _in_turn(
     if ahead == 1:
         yield from ((name, function(name)) for name in names)
         return
-    with one_thread() as threads, single_threads(threads) as pool:
+    with one_thread(), single_threads(ahead) as pool:
         begun: deque[Future[_Result]] = deque()
         waiting = iter(names)
-        for name in names:
-            begun += [pool.submit(function, n) for n in islice(waiting, ahead - len(begun))]
-            yield name, begun.popleft().result()
+        try:
+            for name in names:
+                begun += [pool.submit(function, n) for n in islice(waiting, ahead - len(begun))]
+                yield name, begun.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _are_small(model: nn.Module, names: list[str], device: torch.device | str | None) -> bool:
-    """Whether every layer is on a CPU, and too small for its decomposition to have more threads."""
+def _at_once(model: nn.Module, names: list[str], device: torch.device | str | None) -> int:
+    """How many layers to meld at a time: 1 if one has threads enough for itself, or a GPU."""
     weights = [_linear(model, name).weight for name in names]
     devices = {torch.device(device or weight.device).type for weight in weights}
-    return devices == {"cpu"} and max(w.numel() for w in weights) < SHARED
+    largest_one = max((weight.numel() for weight in weights), default=0)
+    if devices != {"cpu"} or largest_one > 2 * SHARED:
+        return 1
+    return min(torch.get_num_threads(), _AT_ONCE, _AT_ONCE * SHARED // largest_one)
 
 
 def _group(model: nn.Module, report: MeldReport) -> None:

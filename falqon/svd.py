@@ -6,10 +6,11 @@ A Chebyshev polynomial does, with the same number of products: it is small on th
 singular values below a bound, and grows beyond it faster than any other of its degree (filtered
 subspace iteration; Zhou, Saad, Tiago and Chelikowsky, 2006).
 
-On a CPU the bits do not depend on the number of threads: a run goes on, or begins anew, with the
-same A on as many as there are then. LAPACK and torch's products share out their sums by it, so each
-has one thread; products with large matrices are taken by rows, always as many, which are shared out
-instead.
+On a CPU the bits do not depend on the number of threads, so that a run begins with the same A on
+one device and on ranks that share its threads. LAPACK and torch's products share out their sums by
+that number, so each has one thread; products with large matrices are taken by rows, always as many,
+and those are given to threads instead. (Not so where torch is built without OpenMP, and a number of
+threads is for good.)
 """
 
 from __future__ import annotations
@@ -30,28 +31,33 @@ EXACT_UP_TO = 3
 """Smaller side of a matrix, in columns of its sketch, up to which it is not sketched."""
 
 _DEGREE = 4  # products of one polynomial; its bound is then known better
-_APART = 6.0  # times the bound: T_4 is 11,000 there, which float32 holds beside 1
+_APART = 6.0  # times the bound: T_4 is 116,000 there, which float32 holds beside 1
 _STEEP = 1e-3  # square of the last value over that of the first; bfloat16 does not tell below
 _ROWS = 1024  # of a matrix on a CPU, multiplied at a time by one thread
 
 SHARED = 2**22
-"""Values of a matrix on a CPU from which on its rows are given to as many threads as there are."""
+"""Values of a matrix on a CPU from which on products with its rows are given to several threads."""
 
 
 @contextmanager
 def one_thread() -> Iterator[int]:
-    """torch's operations on one thread; how many they had before."""
+    """torch's operations on one thread, in this thread and those begun in it; how many they had."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
+        _set_threads(1)
         yield threads
     finally:
-        torch.set_num_threads(threads)
+        _set_threads(threads)
+
+
+def _set_threads(number: int) -> None:
+    if torch.backends.openmp.is_available():
+        torch.set_num_threads(number)
 
 
 def single_threads(number: int) -> ThreadPoolExecutor:
     """Threads in each of which torch's operations have that thread only."""
-    return ThreadPoolExecutor(number, initializer=torch.set_num_threads, initargs=(1,))
+    return ThreadPoolExecutor(number, initializer=_set_threads, initargs=(1,))
 
 
 def truncated_svd(matrix: Tensor, recipe: MeldRecipe, seed: int) -> tuple[Tensor, Tensor]:
@@ -102,7 +108,7 @@ def sketched_svd(
     with one_thread() as threads, single_threads(threads) as pool:
         rows = _Rows(upright, pool)
         basis = _leading_space(upright, size, rows, columns, iterations, seed)
-        image = torch.cat(rows.each(lambda part: part @ basis, upright))
+        image = torch.cat(list(rows.each(lambda part: part @ basis, upright)))
         values, right = _exact_svd(image if tall else image.t(), rank)
         return values, (right @ basis.t() if tall else right)
 
@@ -120,9 +126,9 @@ class _Rows:
         self._step = _ROWS if on_cpu else len(matrix)
         self._map = pool.map if on_cpu and matrix.numel() >= SHARED else map
 
-    def each(self, product: Callable[..., Tensor], *matrices: Tensor) -> list[Tensor]:
+    def each(self, product: Callable[..., Tensor], *matrices: Tensor) -> Iterator[Tensor]:
         """`product` of every part, of as many rows of each matrix."""
-        return list(self._map(product, *(matrix.split(self._step) for matrix in matrices)))
+        return self._map(product, *(matrix.split(self._step) for matrix in matrices))
 
     def sum(self, product: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
         """The same, added up in float32, always in one order."""
@@ -185,6 +191,7 @@ def _leading_space(
         vectors, image = basis @ turn, image @ turn
         far, before = vectors[:, filtered:], vectors[:, :filtered]
         block = image[:, :filtered] * (2 / bound) - before
+        block -= far @ (far.t() @ block)
         for _ in range(min(iterations, _DEGREE - 1)):
             # T_k = 2 (2 / bound M^T M - 1) T_(k-1) - T_(k-2)
             after = image_of(block).mul_(4 / bound).sub_(block, alpha=2).sub_(before)

@@ -19,6 +19,7 @@ from falqon.meld import melded_layers
 from falqon.precision import FalqonPrecision
 from lit_modules.layers import recompute
 from tests.test_blocks import make_base
+from tests.threads import threads
 
 pytestmark = pytest.mark.skipif(not products.present(), reason="the processor has no AVX2")
 BF16 = torch.bfloat16
@@ -335,12 +336,8 @@ def test_memory_is_enough_for_any_number_of_threads(
         return given[-1]
 
     monkeypatch.setattr(products, "memory", guarded)
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
+    with threads(count):
         found = results(model, **sizes)
-    finally:
-        torch.set_num_threads(before)
     assert len(given) == 4
     assert all((room[-behind:] == 1.5).all() for room in given)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
+from threading import get_ident
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ from falqon.fp8 import E4M3, decode, dequantize, quantize
 from falqon.linear import MeldedLinear
 from falqon.meld import meld, meld_linear, meld_weight, melded_layers
 from falqon.recipe import RECIPES, Adapter, Fp8Recipe, MeldRecipe, ScaleRounding
+from tests.threads import threads
 
 FP8 = Fp8Recipe()
 
@@ -132,14 +136,10 @@ def test_same_seed_same_bits_and_no_random_state_touched() -> None:
 @pytest.mark.parametrize("adapter", ["svd_weight", "svd_error", "kaiming"])
 def test_the_number_of_threads_changes_no_bit(adapter: Adapter) -> None:
     weight, recipe = random(700, 600), MeldRecipe(rank=16, adapter=adapter)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with threads(1):
         codes, scale, captured = meld_weight(weight, FP8, recipe)
-        torch.set_num_threads(3)
+    with threads(3):
         others, its_scale, share = meld_weight(weight, FP8, recipe)
-    finally:
-        torch.set_num_threads(threads)
     assert torch.equal(codes, others) and torch.equal(scale, its_scale)
     assert captured == share
 
@@ -385,22 +385,27 @@ def stack(layers: int) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(40 + i, 41 + i, bias=False) for i in range(layers)))
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_layers_that_are_melded_at_once_come_in_order(threads: int) -> None:
-    before, seen, kept = torch.get_num_threads(), [], []
-    recipe = MeldRecipe(rank=4)
-    torch.set_num_threads(threads)
-    try:
-        model = stack(20)
+@pytest.mark.parametrize("number", [1, 3])
+def test_layers_that_are_melded_at_once_come_in_order(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, kept, workers = [], [], set()
+    recipe, model = MeldRecipe(rank=4), stack(20)
+
+    def noted(*args: Any, **given: Any) -> tuple[MeldedLinear, float]:
+        workers.add(get_ident())
+        return meld_linear(*args, **given)
+
+    monkeypatch.setattr(sys.modules["falqon.meld"], "meld_linear", noted)
+    with threads(number):
         meld(
             model,
             recipe=recipe,
             progress=lambda name, number, all_of_them: seen.append((name, number, all_of_them)),
             keep=lambda name, weight: kept.append((name, tuple(weight.shape))),
         )
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
+        assert torch.get_num_threads() == number
+    assert (get_ident() in workers) == (number == 1)
     assert seen == [(str(i), i + 1, 20) for i in range(20)]
     assert kept == [(str(i), (41 + i, 40 + i)) for i in range(20)]
     for (name, layer), linear in zip(melded_layers(model).items(), stack(20), strict=True):
@@ -413,14 +418,14 @@ def test_threads_are_given_back_when_melding_is_stopped() -> None:
         if name == "3":
             raise OSError("no space left")
 
-    threads = torch.get_num_threads()
-    with pytest.raises(OSError, match="no space left"):
-        meld(stack(20), recipe=MeldRecipe(rank=4), keep=full_disk)
-    assert torch.get_num_threads() == threads
     model = stack(20)
     with torch.no_grad():
         model[5].weight[0, 0] = torch.nan
-    with pytest.raises(InputError, match=r"5\.weight holds NaN"):
-        meld(model, recipe=MeldRecipe(rank=4))
-    assert torch.get_num_threads() == threads
+    with threads(3):
+        with pytest.raises(OSError, match="no space left"):
+            meld(stack(20), recipe=MeldRecipe(rank=4), keep=full_disk)
+        assert torch.get_num_threads() == 3
+        with pytest.raises(InputError, match=r"5\.weight holds NaN"):
+            meld(model, recipe=MeldRecipe(rank=4))
+        assert torch.get_num_threads() == 3
     assert list(melded_layers(model)) == ["0", "1", "2", "3", "4"]

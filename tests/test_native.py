@@ -17,6 +17,7 @@ from falqon.fp8 import E4M3, E5M2, Format, decode, encode, quantize
 from falqon.kernels.native import build, ops, products, proxy
 from falqon.kernels.rms_norm_quantize import rms_norm_grad, rms_norm_quantize
 from falqon.kernels.row_update import Origin, row_update
+from tests.threads import threads
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
 BF16 = torch.bfloat16
@@ -309,14 +310,10 @@ def test_number_of_threads_changes_nothing() -> None:
             ops.square_sums([x.float(), inverse]),  # type: ignore[list-item]
         ]
 
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with threads(1):
         one = results()
-        torch.set_num_threads(3)
+    with threads(3):
         assert all(map(torch.equal, one, results()))
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,22 +9,13 @@ from torch import Tensor, nn
 from falqon.fp8 import E4M3, decode
 from falqon.kernels.native import attention, build, melded, ops, products
 from falqon.recipe import Fp8Recipe
+from tests.threads import threads
 
 pytestmark = [
     pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler"),
     pytest.mark.skipif(not products.present(), reason="the processor has no AVX2"),
 ]
 BF16 = torch.bfloat16
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Group:

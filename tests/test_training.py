@@ -25,6 +25,7 @@ from falqon.checkpoint import read_checkpoint, training_hash
 from falqon.cli import main as falqon_command
 from falqon.errors import InputError
 from falqon.kernels.native import products
+from tests.threads import threads
 
 ROOT = Path(__file__).parents[1]
 Config = dict[str, Any]
@@ -113,16 +114,13 @@ def test_the_number_of_threads_changes_no_bit(
     config.update({"num_attention_heads": 5, "num_key_value_heads": 1})
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(model)
-    threads, digests, losses = torch.get_num_threads(), [], []
+    digests, losses = [], []
     for number in (1, 3):
         run = tiny_run(rank=16, update="compensated", rows=None)
         run["model"]["init_args"]["model_name"] = str(model)
         root = set_root(run, tmp_path / f"threads{number}")
-        torch.set_num_threads(number)
-        try:
+        with threads(number):
             cli("fit", run)
-        finally:
-            torch.set_num_threads(threads)
         digests.append(digest(root))
         losses.append([(row["train/loss"], row["val/loss"]) for row in rows(root)])
     assert digests[0] == digests[1]

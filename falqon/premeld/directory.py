@@ -27,7 +27,7 @@ from falqon.recipe import Fp8Recipe, MeldRecipe, UpdateRecipe, as_plain
 
 MANIFEST = "falqon.json"
 FORMAT = "falqon-melded"
-VERSION = 5
+VERSION = 4
 WEIGHTS, ORIGINALS = "melded", "originals"
 _KEYS = {"settings", "layers", "skipped", "bytes_before", "bytes_after"}
 _KEYS |= {"originals", "files", "tensors"}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from falqon.errors import InputError
 from falqon.meld import targets
 from falqon.recipe import MeldRecipe
-from falqon.svd import truncated_svd
+from falqon.svd import one_thread, truncated_svd
 
 
 def target_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -94,5 +94,6 @@ def low_rank(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     """
     values, right = truncated_svd(matrix, MeldRecipe(rank=rank), seed)
     roots = values.sqrt()
-    left = matrix @ right.T / roots.clamp_min(torch.finfo(roots.dtype).tiny)
+    with one_thread():  # the same bits whatever the number of threads
+        left = matrix @ right.T / roots.clamp_min(torch.finfo(roots.dtype).tiny)
     return left, roots[:, None] * right

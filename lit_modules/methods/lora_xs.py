@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from falqon.errors import InputError
 from falqon.recipe import MeldRecipe
-from falqon.svd import truncated_svd
+from falqon.svd import one_thread, truncated_svd
 from lit_modules.methods.base import Method
 from lit_modules.methods.layers import check_rank, plain_linear, swap_linears
 from lit_modules.methods.low_rank import LowRankLinear
@@ -46,7 +46,8 @@ class LoRAXS(Method):
         def convert(name: str, linear: nn.Linear) -> nn.Module:
             weight = linear.weight.to(self.device, torch.float32)
             _, right = truncated_svd(weight, MeldRecipe(rank=self.rank), self.seed)
-            left = weight @ right.T  # U_r S_r
+            with one_thread():  # the same bits whatever the number of threads
+                left = weight @ right.T  # U_r S_r
             start = torch.randn(self.rank, self.rank, generator=generator, device="cpu") * 1e-5
             dtype = linear.weight.dtype
             layer = LowRankLinear(
