@@ -168,16 +168,22 @@ def test_sketch_is_in_float32(dtype: torch.dtype) -> None:
     assert torch.equal(values, expected[0]) and torch.equal(right, expected[1])
 
 
-@pytest.mark.parametrize("way", ["randomized", "full"])
-@pytest.mark.parametrize("shape", [(90, 20000), (700, 1100), (2100, 2050), (700, 6100)])
+@pytest.mark.parametrize(
+    ("way", "shape"),
+    [
+        ("full", (700, 1100)),
+        ("randomized", (90, 20000)),  # by its Gram matrix
+        ("randomized", (700, 1100)),
+        ("randomized", (2100, 2050)),  # these two by rows in several threads
+        ("randomized", (700, 6100)),
+    ],
+)
 @pytest.mark.usefixtures("products")
 def test_the_number_of_threads_changes_no_bit(
     way: Literal["randomized", "full"], shape: tuple[int, int]
 ) -> None:
-    if way == "full" and max(shape) > 2000:
-        pytest.skip("takes seconds, and nothing in it depends on size")
     matrix, recipe = random(*shape), MeldRecipe(rank=32 if shape[0] == 90 else 64, svd=way)
-    assert max(shape) < 2000 or shape[0] == 90 or matrix.numel() >= svd.SHARED
+    assert max(shape) < 2000 or shape[0] == 90 or matrix.numel() > svd.SHARED
     found = []
     for number in (1, 2, 3):
         with threads(number):
